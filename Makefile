@@ -1,0 +1,68 @@
+# Everything a newcomer, a developer and CI run. `make` alone lists the targets.
+SHELL := /usr/bin/env bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test test-full lint format bench clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
+CODE := platform jobs serving tests
+
+# DeepSpeed compiles no kernels here, and tests and small CPU runs want one thread per process.
+export DS_BUILD_OPS := 0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# --no-compile: byte code is made where it is imported, which most of the installed files never are.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile --prefer-binary --constraint constraints.txt
+
+QUICKSTART_OVERRIDES = $(if $(SCALE),scale=$(SCALE)) $(if $(PORT),serve.port=$(PORT)) $(if $(filter 1 true yes,$(KEEP_SERVING)),keep_serving=true)
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+quickstart: $(VENV)/.installed ## raw pictures to a served model, about ten minutes (SCALE=mini, PORT=8000, KEEP_SERVING=1)
+	$(BIN)/python -m jobs.quickstart $(QUICKSTART_OVERRIDES)
+
+test: lint ## lint, then every test that is quick and needs no GPU
+	$(PYTEST) -m "not slow and not gpu"
+
+test-full: lint ## lint, then every test that needs no GPU
+	$(PYTEST) -m "not gpu"
+
+lint: $(VENV)/.installed-dev ## style, types, spelling, YAML and import rules
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+	$(BIN)/yamllint --strict .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev ## rewrite the code in the project's format and mend what can be mended
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+bench: $(VENV)/.installed-dev ## the benchmarks in tests/benchmarks, with their figures
+	$(PYTEST) -m "not gpu" --timeout 1800 -s tests/benchmarks
+
+clean: ## remove caches and builds; .venv and runs/ stay
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find platform jobs serving tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps are newer than what they were made from, so a second run installs nothing.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || { \
+	  echo "error: latentray needs Python 3.11 or 3.12, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true)."; \
+	  echo "  mend:  name another one, for example: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; } >&2
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 2; }
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV) (once; two minutes or so)"
+	$(PIP_INSTALL) --editable ".[train]"
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV) with the development tools (once; two minutes or so)"
+	$(PIP_INSTALL) --editable ".[dev]"
+	@touch $(VENV)/.installed $@

@@ -1,0 +1,31 @@
+"""Pack pictures with captions into WebDataset shards with an index.
+
+    python -m jobs.build_shards                                        # the drawn shapes set
+    python -m jobs.build_shards source=folder path=my/pictures out=data/mine
+    python -m jobs.build_shards source=table path=my/table.csv source.caption_column=text out=s3://bucket/data/mine
+
+A folder holds JPEG, PNG or WebP pictures with a `.txt` beside each; a table (CSV, JSONL, Parquet) holds paths and
+captions. What cannot be used is counted by reason and listed in `rejected.jsonl`. The result is two data sets,
+`<out>/train` and `<out>/validation`.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from latentray.config import command
+from latentray.config.build_shards import BuildShards
+
+
+def build(config: BuildShards) -> None:
+    from latentray.data import shard_building
+
+    shard_building.build(config)
+
+
+def main() -> int:
+    return command.run("build_shards", BuildShards, build)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

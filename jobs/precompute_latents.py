@@ -1,0 +1,18 @@
+"""Encode a data set's pictures and captions once, for every epoch of stage 2.
+
+python -m jobs.precompute_latents data=runs/data/shapes autoencoder_from=runs/ae/autoencoder out=runs/latents
+"""
+
+import sys
+
+from latentray.config import command
+from latentray.config.precompute_latents import PrecomputeLatents
+from latentray.data import precompute
+
+
+def main() -> int:
+    return command.run("precompute_latents", PrecomputeLatents, precompute.precompute)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

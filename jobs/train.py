@@ -1,0 +1,20 @@
+"""Train an autoencoder or a denoiser.
+
+python -m jobs.train stage=autoencoder data=runs/data/shapes
+python -m jobs.train stage=diffusion latents=runs/latents run=my-model
+torchrun --nproc-per-node 8 -m jobs.train cluster=none stage=diffusion latents=...
+"""
+
+import sys
+
+from latentray.config import command
+from latentray.config.train import Train
+from latentray.training import launch
+
+
+def main() -> int:
+    return command.run("train", Train, launch.train)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,237 @@
+"""Files at a URI: local disk or S3, one set of verbs.
+
+A URI is a plain path (`runs/a`), `file:///...` or `s3://bucket/key` (endpoint and credentials from the usual AWS
+environment variables). Writes are atomic: a local file appears by rename, an object by one PUT. Remote files are read
+through a cache of this node (`$LATENTRAY_CACHE`), since no two workers may assume that they share a disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import tenacity
+from pyarrow import fs
+
+from latentray.errors import EnvironmentRefused, InputMissing
+
+_RETRY = tenacity.retry(
+    retry=tenacity.retry_if_exception(lambda e: isinstance(e, OSError) and not isinstance(e, FileNotFoundError)),
+    wait=tenacity.wait_exponential_jitter(initial=0.2, max=5.0),
+    stop=tenacity.stop_after_attempt(5),
+    reraise=True,
+)
+
+
+def is_remote(uri: str | Path) -> bool:
+    return "://" in str(uri) and not str(uri).startswith("file://")
+
+
+def local_path(uri: str | Path) -> Path:
+    """The path behind a local URI. A remote one is a programming error."""
+    assert not is_remote(uri), f"{uri} is not local"
+    return Path(str(uri).removeprefix("file://"))
+
+
+def join(uri: str | Path, *parts: str) -> str:
+    return "/".join([str(uri).rstrip("/"), *(p.strip("/") for p in parts)])
+
+
+def absolute(uri: str | Path) -> str:
+    """The same URI, valid from any working directory (Ray workers start in their own)."""
+    return str(uri) if is_remote(uri) else str(local_path(uri).expanduser().absolute())
+
+
+def _remote(uri: str | Path) -> tuple[fs.FileSystem, str]:
+    filesystem, path = fs.FileSystem.from_uri(str(uri))
+    return filesystem, path
+
+
+def filesystem(uri: str | Path) -> tuple[fs.FileSystem, str]:
+    """The pyarrow file system of a URI and the path in it, as Ray Train and pyarrow readers want them."""
+    return _remote(uri) if is_remote(uri) else (fs.LocalFileSystem(), absolute(uri))
+
+
+def exists(uri: str | Path) -> bool:
+    if not is_remote(uri):
+        return local_path(uri).exists()
+    filesystem, path = _remote(uri)
+    return filesystem.get_file_info(path).type is not fs.FileType.NotFound
+
+
+@_RETRY
+def read_bytes(uri: str | Path) -> bytes:
+    """The whole file. Raises InputMissing where there is none."""
+    try:
+        if not is_remote(uri):
+            return local_path(uri).read_bytes()
+        filesystem, path = _remote(uri)
+        with filesystem.open_input_stream(path) as stream:
+            return stream.read()
+    except FileNotFoundError:
+        raise InputMissing("The file is not there.", where=str(uri), mend="Check the path.") from None
+
+
+@_RETRY
+def write_bytes(uri: str | Path, data: bytes) -> None:
+    """Write the whole file, atomically: a reader sees the old content or the new, never a part."""
+    if not is_remote(uri):
+        path = local_path(uri)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+        try:
+            partial.write_bytes(data)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return
+    filesystem, key = _remote(uri)
+    with filesystem.open_output_stream(key) as stream:
+        stream.write(data)
+
+
+def read_json(uri: str | Path) -> Any:
+    return json.loads(read_bytes(uri))
+
+
+def write_json(uri: str | Path, value: Any) -> None:
+    write_bytes(uri, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def list_files(uri: str | Path) -> list[str]:
+    """Names of all files below a folder, relative to it, sorted; empty where the folder is not there."""
+    if not is_remote(uri):
+        root = local_path(uri)
+        return sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+    filesystem, path = _remote(uri)
+    infos = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+    prefix = path.rstrip("/") + "/"
+    return sorted(i.path.removeprefix(prefix) for i in infos if i.type is fs.FileType.File)
+
+
+def list_folders(uri: str | Path) -> list[str]:
+    """Names of the folders directly below a folder, sorted."""
+    return sorted({name.split("/", 1)[0] for name in list_files(uri) if "/" in name})
+
+
+@_RETRY
+def upload(local_file: Path, uri: str | Path) -> None:
+    """Copy a local file to a URI, atomically."""
+    if not is_remote(uri):
+        target = local_path(uri)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+        try:
+            shutil.copyfile(local_file, partial)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+        return
+    filesystem, path = _remote(uri)
+    with open(local_file, "rb") as source, filesystem.open_output_stream(path) as sink:
+        shutil.copyfileobj(source, sink, 4 << 20)
+
+
+def cache_dir() -> Path:
+    """This node's cache of remote files: `$LATENTRAY_CACHE`, else one below the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "latentray"
+    return Path(os.environ.get("LATENTRAY_CACHE", default))
+
+
+@_RETRY
+def fetch(uri: str | Path, *, sha256: str | None = None) -> Path:
+    """A local path with the file's content: the file itself where it is local, this node's cached copy where not.
+
+    The cache is keyed by URI and, where given, digest, so an artifact's file is downloaded once per node. A copy whose
+    digest is not `sha256` is not kept; the caller's verification names it.
+    """
+    if not is_remote(uri):
+        return local_path(uri)
+    key = hashlib.sha256(f"{uri}\0{sha256 or uuid.uuid4().hex}".encode()).hexdigest()[:32]
+    target = cache_dir() / key[:2] / key / str(uri).rsplit("/", 1)[-1]
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{uuid.uuid4().hex}.partial")
+    filesystem, path = _remote(uri)
+    try:
+        with filesystem.open_input_stream(path) as source, open(partial, "wb") as sink:
+            shutil.copyfileobj(source, sink, 4 << 20)
+        if sha256 is None or sha256_of(partial) == sha256:
+            partial.replace(target)
+            return target
+        damaged = target.with_name(f"damaged-{uuid.uuid4().hex[:8]}")
+        partial.replace(damaged)
+        return damaged
+    except FileNotFoundError:
+        raise InputMissing("The file is not there.", where=str(uri), mend="Check the URI.") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def delete(uri: str | Path) -> None:
+    """Delete a file, or a folder with all it holds; silent where there is nothing."""
+    if not is_remote(uri):
+        path = local_path(uri)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        return
+    filesystem, key = _remote(uri)
+    info = filesystem.get_file_info(key)
+    if info.type is fs.FileType.Directory:
+        filesystem.delete_dir(key)
+    elif info.type is fs.FileType.File:
+        filesystem.delete_file(key)
+
+
+@contextlib.contextmanager
+def staging() -> Iterator[Path]:
+    """A folder on this node's disk to build files in before they are uploaded; gone afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="latentray-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of(value: Any) -> str:
+    """sha256 of a value's canonical JSON: the fingerprint of configurations and of lists of digests."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def require_space(uri: str | Path, need_bytes: int) -> None:
+    """Refuse a local target whose disk has less than `need_bytes` free (EnvironmentRefused)."""
+    if is_remote(uri):
+        return
+    folder = local_path(uri).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < need_bytes:
+        raise EnvironmentRefused(
+            f"The disk is too full: {free / 2**20:.0f} MiB free, about {need_bytes / 2**20:.0f} MiB needed.",
+            where=str(folder),
+            mend="Free some space, or send the output elsewhere with out=<path or s3 URI>.",
+        )
+
+
+def require_readable(uris: Iterable[str | Path]) -> None:
+    """Raise InputMissing for the first URI that is not there."""
+    for uri in uris:
+        if not exists(uri):
+            raise InputMissing("The input is not there.", where=str(uri), mend="Check the path.")

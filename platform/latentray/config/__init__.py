@@ -1,0 +1,1 @@
+"""Configuration: one dataclass file per job or group, checked in `__post_init__`; `compose` alone imports Hydra."""

@@ -1,0 +1,43 @@
+"""Group `cluster`: where workers run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from latentray.errors import ConfigError
+
+KINDS = ("ray", "none")
+
+
+@dataclasses.dataclass(kw_only=True)
+class ClusterConfig:
+    """Ray Train workers, or (kind=none) this very process, alone or under torchrun."""
+
+    kind: str = "ray"
+    """ray, or none: no Ray is imported; start it with torchrun for several workers."""
+    address: str | None = None
+    """A running Ray cluster (`auto`, or host:port); null starts one on this machine."""
+    workers: int = 1
+    """Number of training workers (kind=ray)."""
+    cpus_per_worker: float = 1
+    """CPUs that Ray reserves for each."""
+    threads: int | None = None
+    """torch threads per worker; null is the reserved CPUs."""
+    device: str = "auto"
+    """auto (GPUs where the cluster has them), cuda or cpu."""
+    max_failures: int = 3
+    """How often a dead worker group is started again, from the newest valid checkpoint."""
+    collective_timeout_s: float = 300.0
+    """A collective that takes longer ends the attempt; the default of torch is half an hour."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(
+                f"There is no cluster kind {self.kind!r}.", where="cluster.kind", mend=f"Known: {', '.join(KINDS)}."
+            )
+        if self.workers < 1 or self.cpus_per_worker <= 0:
+            raise ConfigError("At least one worker with some CPU is wanted.", where="cluster.workers", mend="Raise it.")
+        if self.device not in ("auto", "cuda", "cpu"):
+            raise ConfigError(
+                f"There is no device {self.device!r}.", where="cluster.device", mend="Use auto, cuda or cpu."
+            )

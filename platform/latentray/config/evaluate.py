@@ -1,0 +1,44 @@
+"""Settings of `python -m jobs.evaluate`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from latentray.errors import ConfigError
+
+
+@dataclasses.dataclass(kw_only=True)
+class Evaluate:
+    """Measure a model folder against a data set's validation pictures."""
+
+    model: str | None = None
+    """The model folder (of stage 2) or a release, a path or URI."""
+    data: str | None = None
+    """What build_shards wrote (train/ and validation/ below)."""
+    out: str | None = None
+    """Where the report goes; null is `report` beside the model."""
+    samples: int = 1024
+    """Pictures drawn for FID and KID, with captions of the validation pictures."""
+    heldout_samples: int = 512
+    """Validation pictures in the held-out loss."""
+    per_kind: int = 4
+    """Shapes: pictures drawn of each of the 54 combinations."""
+    per_unseen_kind: int = 16
+    """Shapes: pictures drawn of each combination left out of training."""
+    sampler: str | None = None
+    """null takes the model's default, as for steps and guidance_scale."""
+    steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int = 0
+    batch_size: int = 54
+    inception: str | None = None
+    """torch-fidelity's Inception weights file; null trains a small classifier on the data set at hand, once."""
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for key in ("model", "data"):
+            if not getattr(self, key):
+                raise ConfigError("This setting is needed.", where=key, mend=f"Add {key}=<path or URI>.")
+        for key in ("samples", "heldout_samples", "per_kind", "per_unseen_kind", "batch_size"):
+            if getattr(self, key) < 1:
+                raise ConfigError("It must be at least 1.", where=key, mend=f"Raise {key}.")

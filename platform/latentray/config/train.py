@@ -1,0 +1,210 @@
+"""Settings of `python -m jobs.train`, for both stages."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from latentray.config.autoencoder import AutoencoderConfig
+from latentray.config.cluster import ClusterConfig
+from latentray.config.denoiser import DenoiserConfig
+from latentray.config.objective import ObjectiveConfig
+from latentray.config.optimizer import OptimizerConfig
+from latentray.config.tracking import TrackingConfig
+from latentray.errors import ConfigError
+
+STAGES = ("autoencoder", "diffusion")
+PRECISIONS = ("fp32", "bf16", "autocast")
+LATENTS = ("mean", "draw")
+RECONSTRUCTIONS = ("l1", "l2")
+
+
+@dataclasses.dataclass(kw_only=True)
+class LpipsConfig:
+    """The perceptual term of stage 1."""
+
+    net: str = "vgg"
+    """vgg or alex."""
+    weights: str | None = None
+    """Local torchvision state dict of the backbone; null takes it from torch hub, and a random one without network."""
+    random_backbone: bool = False
+    """Take a random backbone on purpose: no download."""
+    weight: float = 1.0
+    """Weight of the term; 0 leaves it out."""
+    start_samples: int = 0
+    """The term counts from this many samples on."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class DiscriminatorConfig:
+    """The adversarial term of stage 1 (PatchGAN, hinge)."""
+
+    weight: float = 0.5
+    """Factor on the adaptive weight; 0 leaves the term and the discriminator out."""
+    start_samples: int = 0
+    """The discriminator trains and counts from this many samples on."""
+    channels: int = 64
+    layers: int = 3
+    lr: float | None = None
+    """Its learning rate; null takes the autoencoder's."""
+    max_adaptive_weight: float = 1e4
+    """The adaptive weight is clamped to this."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class StageConfig:
+    """Which stage, and what belongs to it alone."""
+
+    name: str = "diffusion"
+    """autoencoder or diffusion."""
+    reconstruction: str = "l1"
+    """Stage 1: l1 or l2."""
+    kl_weight: float = 1e-6
+    """Stage 1: weight of the KL term, per sample, summed over the latent."""
+    lpips: LpipsConfig = dataclasses.field(default_factory=LpipsConfig)
+    discriminator: DiscriminatorConfig = dataclasses.field(default_factory=DiscriminatorConfig)
+    latent: str = "mean"
+    """Stage 2: take the posterior's mean, or draw from it."""
+    caption_dropout: float = 0.1
+    """Stage 2: share of samples trained on the empty caption, for classifier-free guidance."""
+    sampler: str = "dpmpp_2m"
+    """Stage 2: default sampler of the model; also draws the grids logged during training."""
+    sampling_steps: int = 30
+    guidance_scale: float = 5.0
+
+    def __post_init__(self) -> None:
+        for key, known in (("name", STAGES), ("reconstruction", RECONSTRUCTIONS), ("latent", LATENTS)):
+            if getattr(self, key) not in known:
+                raise ConfigError(
+                    f"There is no {key} {getattr(self, key)!r}.",
+                    where=f"stage.{key}",
+                    mend=f"Known: {', '.join(known)}.",
+                )
+        if not 0 <= self.caption_dropout < 1:
+            raise ConfigError("It lies outside 0 ... 1.", where="stage.caption_dropout", mend="Set it to 0.1, say.")
+
+
+@dataclasses.dataclass(kw_only=True)
+class DeepSpeedConfig:
+    """What of DeepSpeed's configuration latentray does not derive itself."""
+
+    zero_stage: int = 1
+    """0, 1 (optimizer state shared out), 2 (gradients too) or 3 (parameters too)."""
+    offload_optimizer: str = "none"
+    """none, cpu or nvme."""
+    offload_parameters: str = "none"
+    """none, cpu or nvme (stage 3)."""
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Merged over the derived DeepSpeed configuration; anything DeepSpeed takes."""
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ConfigError(
+                f"There is no ZeRO stage {self.zero_stage}.", where="deepspeed.zero_stage", mend="Use 0 to 3."
+            )
+        for key in ("offload_optimizer", "offload_parameters"):
+            if getattr(self, key) not in ("none", "cpu", "nvme"):
+                raise ConfigError(f"{key} takes none, cpu or nvme.", where=f"deepspeed.{key}", mend="Correct it.")
+        for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+            if key in self.extra:
+                raise ConfigError(
+                    f"{key} is derived from global_batch_size and the number of workers.",
+                    where=f"deepspeed.extra.{key}",
+                    mend="Set global_batch_size and micro_batch_size instead.",
+                )
+
+
+@dataclasses.dataclass(kw_only=True)
+class Train:
+    """Train an autoencoder on pictures, or a denoiser on latents."""
+
+    stage: StageConfig = dataclasses.field(default_factory=StageConfig)
+    autoencoder: AutoencoderConfig = dataclasses.field(default_factory=AutoencoderConfig)
+    denoiser: DenoiserConfig = dataclasses.field(default_factory=DenoiserConfig)
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    deepspeed: DeepSpeedConfig = dataclasses.field(default_factory=DeepSpeedConfig)
+    cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
+    tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
+    data: str | None = None
+    """Stage 1: the folder or URI that build_shards wrote (with train/ and validation/ below)."""
+    latents: str | None = None
+    """Stage 2: the folder or URI that precompute_latents wrote (with train/ and validation/ below)."""
+    autoencoder_from: str | None = None
+    """Stage 2: the autoencoder's artifact; null takes the one the latents name. Its fingerprint must be the latents'."""
+    run: str | None = None
+    """The run's identity: the same id resumes. null makes a new one."""
+    out: str | None = None
+    """Where the run lies, a path or URI; null is runs/<run>."""
+    size: int = 256
+    """Stage 1: pictures are resized and cut to this square."""
+    flip: bool = True
+    """Stage 1: mirror half of the pictures."""
+    total_samples: int = 1_000_000
+    """Length of the run."""
+    global_batch_size: int = 256
+    """Samples per step over all workers."""
+    micro_batch_size: int | None = None
+    """Largest number of samples a worker takes at once; null is its whole share. Accumulation follows from it."""
+    precision: str = "bf16"
+    """bf16 (bf16 weights, fp32 master copy; ZeRO stage >= 1), autocast (fp32 weights, bf16 arithmetic) or fp32."""
+    ema_half_life_samples: int = 500_000
+    """The exponential moving average of the weights halves the past in so many samples."""
+    seed: int = 0
+    loader_workers: int = 0
+    """Loader processes per training worker; 0 reads in the worker itself."""
+    log_every_samples: int = 10_000
+    checkpoint_every_samples: int = 100_000
+    """0 writes none before the end."""
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ConfigError(
+                f"There is no precision {self.precision!r}.", where="precision", mend=f"Known: {', '.join(PRECISIONS)}."
+            )
+        if self.precision == "bf16" and self.deepspeed.zero_stage == 0:
+            raise ConfigError(
+                "bf16 weights need a sharded fp32 master copy; ZeRO stage 0 has none that is exact.",
+                where="precision",
+                mend="Set deepspeed.zero_stage=1 or more, or precision=autocast.",
+            )
+        for key in ("total_samples", "global_batch_size", "size", "ema_half_life_samples", "keep_checkpoints"):
+            if getattr(self, key) < 1:
+                raise ConfigError("It must be at least 1.", where=key, mend=f"Raise {key}.")
+        if self.total_samples < self.global_batch_size:
+            raise ConfigError(
+                f"{self.total_samples} samples are less than one batch of {self.global_batch_size}.",
+                where="total_samples",
+                mend="Raise total_samples or lower global_batch_size.",
+            )
+        if self.stage.name == "autoencoder" and self.size % self.autoencoder.downsampling:
+            raise ConfigError(
+                f"A picture of {self.size} pixels does not divide by the autoencoder's {self.autoencoder.downsampling}.",
+                where="size",
+                mend=f"Choose a multiple of {self.autoencoder.downsampling}.",
+            )
+        if self.cluster.kind == "ray":
+            self.require_divisible(self.cluster.workers)
+
+    def require_divisible(self, world: int) -> None:
+        """Raise ConfigError unless `world` workers divide the global batch."""
+        if self.global_batch_size % world:
+            divisors = [str(d) for d in range(1, self.global_batch_size + 1) if self.global_batch_size % d == 0]
+            raise ConfigError(
+                f"{world} workers do not divide a global batch of {self.global_batch_size}.",
+                where="global_batch_size",
+                mend=f"Use a number of workers among {', '.join(divisors)}, or another global_batch_size.",
+            )
+
+    @property
+    def steps(self) -> int:
+        return self.total_samples // self.global_batch_size
+
+    def micro_and_accumulation(self, world: int) -> tuple[int, int]:
+        """Samples per micro-batch and micro-batches per step of one worker: micro * accumulation * world = global."""
+        self.require_divisible(world)
+        share = self.global_batch_size // world
+        limit = min(self.micro_batch_size or share, share)
+        micro = next(m for m in range(limit, 0, -1) if share % m == 0)
+        return micro, share // micro

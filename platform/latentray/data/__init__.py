@@ -1,0 +1,1 @@
+"""The data plane: sources -> shards with an index -> a pure global order -> batches."""

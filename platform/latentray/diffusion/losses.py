@@ -1,0 +1,41 @@
+"""The denoising loss: noise a latent, predict, compare."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+from latentray.config.objective import ObjectiveConfig
+from latentray.diffusion import parameterization, timesteps
+from latentray.diffusion.schedules import DiscreteVP, RectifiedFlow
+
+
+@dataclasses.dataclass(kw_only=True)
+class Noised:
+    """A batch ready for the network, and what the network should say."""
+
+    x_BChw: Tensor
+    t_B: Tensor
+    target_BChw: Tensor
+    weight_B: Tensor
+
+
+def noised(
+    config: ObjectiveConfig, schedule: DiscreteVP | RectifiedFlow, x0_BChw: Tensor, noise_BChw: Tensor, t_B: Tensor
+) -> Noised:
+    """x_t = alpha x_0 + sigma noise, the prediction's target and the loss weights, in float32."""
+    alpha, sigma = schedule.alpha_sigma(t_B)
+    a, s = (value.float().view(-1, 1, 1, 1) for value in (alpha, sigma))
+    return Noised(
+        x_BChw=a * x0_BChw + s * noise_BChw,
+        t_B=t_B,
+        target_BChw=parameterization.target(config.prediction, x0_BChw, noise_BChw, a, s),
+        weight_B=timesteps.weights(config, alpha, sigma),
+    )
+
+
+def mean_squared(prediction_BChw: Tensor, batch: Noised) -> Tensor:
+    """Weighted squared error per sample, mean over its latent, (B,) float32 (Ho et al. 2020, equation 14)."""
+    error = (prediction_BChw.float() - batch.target_BChw).square().flatten(1).mean(1)
+    return batch.weight_B * error

@@ -1,0 +1,62 @@
+"""The card of an autoencoder: what it cannot reconstruct, no denoiser on it will ever draw."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from latentray.data import decode, members
+from latentray.data.shards import IndexedShards
+from latentray.evaluation import metrics
+from latentray.evaluation.feature_networks import FeatureNetwork
+from latentray.models.autoencoder import KLAutoencoder
+from latentray.models.perceptual import Perceptual
+
+_BATCH = 48
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """`wanted` positions (or all) spread evenly over `count`."""
+    return sorted({i * count // wanted for i in range(wanted)}) if count > wanted else list(range(count))
+
+
+def load_pictures(shards: IndexedShards, size: int, *, limit: int) -> np.ndarray:
+    """Up to `limit` pictures spread over a data set, uint8 (N, size, size, 3)."""
+    rows = spread(shards.count, limit)
+    return np.stack([decode.to_square(members.picture_of(members.decode_sample(shards.read(x))), size) for x in rows])
+
+
+def load_captions(shards: IndexedShards, *, limit: int) -> list[str]:
+    """The first caption of the same pictures as `load_pictures` gives."""
+    rows = spread(shards.count, limit)
+    return [members.captions_of(members.decode_sample(shards.read(x)))[0] for x in rows]
+
+
+@torch.inference_mode()
+def measure(
+    net: KLAutoencoder,
+    originals_NHWC: np.ndarray,
+    *,
+    perceptual: Perceptual | None,
+    network: FeatureNetwork,
+    device: torch.device,
+) -> tuple[dict[str, float], np.ndarray]:
+    """(psnr, ssim, rfid and, with a perceptual net, lpips; the reconstructions uint8).
+
+    PSNR is the mean over pictures of 10 log10(1/MSE), values in [0, 1]; the posterior's mean is decoded.
+    """
+    psnr, ssim, lpips, rebuilt = [], [], [], []
+    for i in range(0, len(originals_NHWC), _BATCH):
+        x = decode.to_tensor(originals_NHWC[i : i + _BATCH]).to(device)
+        y = net(x)[0].clamp(-1, 1)
+        psnr.append(metrics.psnr((x + 1) / 2, (y + 1) / 2).cpu())
+        ssim.append(metrics.ssim((x + 1) / 2, (y + 1) / 2).cpu())
+        if perceptual is not None:
+            lpips.append(perceptual(x, y).cpu())
+        rebuilt.append(((y + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+    pictures = np.concatenate(rebuilt)
+    rfid = metrics.frechet_distance(network.features_of(originals_NHWC), network.features_of(pictures))
+    card = {"psnr": float(torch.cat(psnr).mean()), "ssim": float(torch.cat(ssim).mean()), "rfid": rfid}
+    if lpips:
+        card["lpips"] = float(torch.cat(lpips).mean())
+    return card, pictures

@@ -1,0 +1,136 @@
+"""Evaluation of a model folder: held-out loss, FID and KID, and, for *shapes*, what the pictures show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from latentray.checkpoint import manifest, store
+from latentray.config import compose
+from latentray.config.evaluate import Evaluate
+from latentray.data import synthetic
+from latentray.data.shards import IndexedShards
+from latentray.evaluation import autoencoders, feature_networks, heldout, metrics, pixel_checker
+from latentray.inference.sampling import SamplingRequest, TextToImage
+from latentray.randomness import Purpose, mix
+from latentray.registry.report import EvaluationReport, FeatureNetworkId, SamplerSettings
+from latentray.reporting import pictures
+from latentray.reporting.progress import Progress
+
+
+def evaluate(config: Evaluate) -> str:
+    """Measure, write the report artifact, and return its URI.
+
+    Raises InputMissing, ArtifactError or DigestMismatch where model or data cannot be used, ConfigError for a sampler that
+    does not fit the model.
+    """
+    model_uri, data = store.absolute(config.model or ""), store.absolute(config.data or "")
+    out = store.absolute(config.out) if config.out else store.join(model_uri.rsplit("/", 1)[0], "report")
+    listing = manifest.read(model_uri)
+    training, validation = (IndexedShards.open(store.join(data, split)) for split in ("train", "validation"))
+    validation.verify()
+    model = TextToImage.load(model_uri, device=config.device)
+    settings = SamplerSettings(
+        sampler=config.sampler or model.defaults.sampler,
+        steps=config.steps or model.defaults.steps,
+        guidance_scale=model.defaults.guidance_scale if config.guidance_scale is None else config.guidance_scale,
+    )
+    limit = max(config.samples, config.heldout_samples)
+    originals = autoencoders.load_pictures(validation, model.size, limit=limit)
+    captions = autoencoders.load_captions(validation, limit=limit)
+    figures = heldout.loss(
+        model, originals[: config.heldout_samples], captions[: config.heldout_samples], seed=config.seed
+    )
+    network = feature_networks.of_dataset(
+        store.join(data, "feature_network"), training, model.size, inception_weights=config.inception
+    )
+    card, _ = autoencoders.measure(
+        model.autoencoder.float(), originals, perceptual=None, network=network, device=model.device
+    )
+    model.autoencoder.to(model.dtype)
+    figures |= {f"autoencoder.{name}": value for name, value in card.items()}
+
+    is_shapes = validation.manifest.meta.get("source") == "shapes"
+    kinds = [kind for kind in synthetic.KINDS for _ in range(config.per_kind)] if is_shapes else []
+    unseen = [kind for kind in synthetic.UNSEEN for _ in range(config.per_unseen_kind)] if is_shapes else []
+    wanted = [synthetic.caption(kind) for kind in kinds] or captions[: config.samples]
+    asked = [*wanted, *(synthetic.caption(kind) for kind in unseen)]
+    drawn = draw(model, asked, settings, seed=config.seed, batch_size=config.batch_size)
+    figures |= distribution(network, originals, drawn[: len(wanted)], seed=config.seed)
+    if is_shapes:
+        figures |= shapes_figures(drawn[: len(kinds)], kinds, drawn[len(kinds) :], unseen)
+    report = EvaluationReport(
+        model=listing.digest,
+        dataset=validation.manifest.digest,
+        feature_network=FeatureNetworkId(name=network.name, digest=network.digest, resize=network.resize),
+        samples=len(wanted),
+        seed=config.seed,
+        sampler=settings,
+        metrics=figures,
+    )
+    with store.staging() as folder:
+        (folder / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n")
+        shown = autoencoders.spread(len(wanted), 54)
+        grid = pictures.grid([drawn[i] for i in shown], columns=9, scale=1, captions=[wanted[i] for i in shown])
+        pictures.save_png(grid, folder / "samples.png", {"sampler": settings.sampler, "steps": str(settings.steps)})
+        inputs = {"model": listing.digest, "dataset": validation.manifest.digest}
+        manifest.publish(folder, out, kind="report", inputs=inputs, config=compose.to_dict(config), replace=True)
+    _print(report, out)
+    print(f"Next: python -m jobs.promote model={model_uri} report={out} gates={'shapes' if is_shapes else 'default'}")
+    return out
+
+
+def draw(
+    model: TextToImage, captions: Sequence[str], settings: SamplerSettings, *, seed: int, batch_size: int
+) -> np.ndarray:
+    """One picture per caption, uint8 (N,H,W,3); picture i's seed is a hash of (seed, i)."""
+    drawn = []
+    with Progress(len(captions), "drawing") as progress:
+        for i in range(0, len(captions), batch_size):
+            requests = [
+                SamplingRequest(
+                    prompt=caption,
+                    steps=settings.steps,
+                    guidance_scale=settings.guidance_scale,
+                    seed=mix(seed, Purpose.DRAWING, i + j) >> 1,
+                    sampler=settings.sampler,
+                    height=model.size,
+                    width=model.size,
+                )
+                for j, caption in enumerate(captions[i : i + batch_size])
+            ]
+            drawn += [picture.pixels_HWC for picture in model.sample(requests)]
+            progress.update(len(drawn))
+    return np.stack(drawn)
+
+
+def distribution(
+    network: feature_networks.FeatureNetwork, originals: np.ndarray, drawn: np.ndarray, *, seed: int
+) -> dict[str, float]:
+    """FID and KID of drawn pictures against originals."""
+    real, fake = network.features_of(originals), network.features_of(drawn)
+    subset = min(1000, len(real), len(fake))
+    kid, kid_std = metrics.kernel_distance(real, fake, subset_size=subset, subsets=50, seed=seed)
+    return {"fid": metrics.frechet_distance(real, fake), "kid": kid, "kid_std": kid_std}
+
+
+def shapes_figures(
+    drawn: np.ndarray, kinds: Sequence[synthetic.Kind], drawn_unseen: np.ndarray, unseen: Sequence[synthetic.Kind]
+) -> dict[str, float]:
+    """Accuracies of colour, shape and background by the pixel checker."""
+    seen = pixel_checker.accuracy(list(drawn), kinds)
+    composed = pixel_checker.accuracy(list(drawn_unseen), unseen)
+    figures = {f"samples.{what}_accuracy": seen[what] for what in ("color", "shape", "background")}
+    return figures | {"samples.heldout_color_accuracy": composed["color"]}
+
+
+def _print(report: EvaluationReport, out: str) -> None:
+    table = Table("metric", "value", title=f"Evaluation of {report.samples} drawn pictures")
+    for name, value in sorted(report.metrics.items()):
+        table.add_row(name, f"{value:.4f}")
+    Console().print(table)
+    print(f"Report: {out} (feature network: {report.feature_network.name})", flush=True)

@@ -1,0 +1,83 @@
+"""The records that travel between the parts, version 1, and the legend of shape suffixes.
+
+Shape suffixes: B batch, T frames, C channels, H/W pixel rows/columns, h/w latent rows/columns, L tokens, D width of a
+token, N captions of one sample. `x_BChw` is a batch of latents.
+
+Members of a WebDataset sample (its `<key>` is unique in its data set):
+    picture   `.jpg|.png|.webp`, `.txt` (caption), `.json` (`captions`, `width`, `height`, any metadata)
+    latent    `.latent.safetensors` with `mean`, `logvar` float (C,h,w), `text.<encoder>.tokens` (N,L,D), `.mask` (N,L),
+              `.pooled` (N,D); `.json` with `captions`, source key and digest, `original_size`, `crop_top_left`,
+              `target_size`, `flip`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+RECORD_VERSION = 1
+PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+LATENT_MEMBER = "latent.safetensors"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleId:
+    """Where a sample stands: the key of every random draw made for it."""
+
+    epoch: int
+    dataset: int
+    """Number of the data set in the run's mixture; 0 where there is one."""
+    index: int
+    """Position of the sample in its data set's canonical order (shards by name, then offset)."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class TextEmbedding:
+    """Embedded captions of a batch: what the denoiser's cross-attention reads."""
+
+    tokens_BLD: torch.Tensor
+    mask_BL: torch.Tensor
+    """True at real tokens, False at padding."""
+    pooled_BD: torch.Tensor
+
+    def to(self, *args, **kwargs) -> TextEmbedding:
+        """Move all, cast the floating ones: the arguments of `torch.Tensor.to`."""
+        return TextEmbedding(
+            tokens_BLD=self.tokens_BLD.to(*args, **kwargs),
+            mask_BL=self.mask_BL.to(self.tokens_BLD.device if not args else _device_of(args, self.mask_BL)),
+            pooled_BD=self.pooled_BD.to(*args, **kwargs),
+        )
+
+    def rows(self, index) -> TextEmbedding:
+        """The rows an index or slice selects."""
+        return TextEmbedding(
+            tokens_BLD=self.tokens_BLD[index], mask_BL=self.mask_BL[index], pooled_BD=self.pooled_BD[index]
+        )
+
+
+def _device_of(args: tuple, mask: torch.Tensor) -> torch.device | str:
+    import torch
+
+    named = [a for a in args if isinstance(a, str | torch.device)]
+    return named[0] if named else mask.device
+
+
+@dataclasses.dataclass(kw_only=True)
+class PictureBatch:
+    """Pictures for stage 1: x in [-1, 1]."""
+
+    x_BCHW: torch.Tensor
+    ids: list[SampleId]
+
+
+@dataclasses.dataclass(kw_only=True)
+class LatentBatch:
+    """Latents and embedded captions for stage 2, not yet shifted and scaled."""
+
+    mean_BChw: torch.Tensor
+    logvar_BChw: torch.Tensor
+    text: TextEmbedding
+    ids: list[SampleId]

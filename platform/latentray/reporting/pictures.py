@@ -1,0 +1,148 @@
+"""Grids of small pictures with labels one can read: originals beside reconstructions, samples by caption.
+
+Labels stand in a margin, never on a picture, so a 64x64 picture stays whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+if TYPE_CHECKING:
+    from PIL.ImageFont import FreeTypeFont
+
+GAP = 4
+PAPER = (255, 255, 255)
+INK = (45, 50, 58)
+MARK = (214, 92, 22)
+FONT_SIZE = 12
+
+
+def grid(
+    pictures: Sequence[np.ndarray] | np.ndarray,
+    columns: int,
+    captions: Sequence[str] | None = None,
+    scale: int = 1,
+    row_labels: Sequence[str] | None = None,
+    column_labels: Sequence[str] | None = None,
+    marked: Collection[int] = (),
+) -> Image.Image:
+    """Pictures in rows, left to right, top to bottom, all in cells of the largest one's size.
+
+    Args:
+        pictures: uint8 RGB, each (H, W, 3); or one array (N, H, W, 3).
+        captions: text below each picture, wrapped to its width.
+        scale: how many pixels, each way, one pixel of a picture takes.
+        marked: positions that get a coloured frame, such as the combinations never seen in training.
+
+    Raises ValueError for no pictures, another type than uint8, or a count of labels that does not fit.
+    """
+    if len(pictures) == 0 or columns < 1 or scale < 1:
+        raise ValueError(f"a grid takes pictures, columns >= 1 and scale >= 1: {len(pictures)}, {columns}, {scale}")
+    for picture in pictures:
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+            raise ValueError(f"a picture is uint8 (H, W, 3), not {picture.dtype} {picture.shape}")
+    rows = math.ceil(len(pictures) / columns)
+    for labels, wanted, what in (
+        (captions, len(pictures), "captions"),
+        (row_labels, rows, "row labels"),
+        (column_labels, columns, "column labels"),
+    ):
+        if labels is not None and len(labels) != wanted:
+            raise ValueError(f"{len(labels)} {what} for {wanted}")
+
+    font = label_font(FONT_SIZE)
+    line = FONT_SIZE + 3
+    cell_h = scale * max(p.shape[0] for p in pictures)
+    cell_w = scale * max(p.shape[1] for p in pictures)
+    if column_labels:
+        cell_w = max(cell_w, *(_width(font, label) for label in column_labels))
+    wrapped = [_wrap(font, text, cell_w) for text in captions] if captions else []
+    below = line * max((len(lines) for lines in wrapped), default=0)
+    left = 2 * GAP + max(_width(font, label) for label in row_labels) if row_labels else GAP
+    top = 2 * GAP + line if column_labels else GAP
+
+    size = (left + columns * (cell_w + GAP), top + rows * (cell_h + below + GAP))
+    sheet = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for index, picture in enumerate(pictures):
+        row, column = divmod(index, columns)
+        x, y = left + column * (cell_w + GAP), top + row * (cell_h + below + GAP)
+        image = Image.fromarray(picture)
+        if scale > 1:
+            image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+        sheet.paste(image, (x + (cell_w - image.width) // 2, y))
+        if index in marked:
+            offset = (cell_w - image.width) // 2
+            box = (x + offset - 3, y - 3, x + offset + image.width + 2, y + image.height + 2)
+            draw.rectangle(box, outline=MARK, width=2)
+        for number, text in enumerate(wrapped[index] if wrapped else ()):
+            draw.text((x + cell_w / 2, y + cell_h + 1 + number * line), text, INK, font, anchor="ma")
+    for row, label in enumerate(row_labels or ()):
+        draw.text((left - GAP, top + row * (cell_h + below + GAP) + cell_h / 2), label, INK, font, anchor="rm")
+    for column, label in enumerate(column_labels or ()):
+        draw.text((left + column * (cell_w + GAP) + cell_w / 2, GAP), label, INK, font, anchor="ma")
+    return sheet
+
+
+def pairs(
+    originals: Sequence[np.ndarray] | np.ndarray,
+    reconstructions: Sequence[np.ndarray] | np.ndarray,
+    columns: int = 8,
+    scale: int = 1,
+) -> Image.Image:
+    """Originals in one row, their reconstructions in the row below, `columns` pairs wide, as often as needed."""
+    if len(originals) != len(reconstructions):
+        raise ValueError(f"{len(originals)} originals for {len(reconstructions)} reconstructions")
+    if len(originals) == 0:
+        raise ValueError("no pictures to pair")
+    columns = min(columns, len(originals))
+    blank = np.full_like(np.asarray(originals[0]), 255)
+    cells: list[np.ndarray] = []
+    for start in range(0, len(originals), columns):
+        for source in (originals, reconstructions):
+            row = [np.asarray(p) for p in source[start : start + columns]]
+            cells += row + [blank] * (columns - len(row))
+    labels = ["original", "reconstruction"] * (len(cells) // columns // 2)
+    return grid(cells, columns, scale=scale, row_labels=labels)
+
+
+def save_png(image: Image.Image | np.ndarray, path: Path | str, text: Mapping[str, str] | None = None) -> None:
+    """Write a PNG with `text` (how the picture was made: seed, steps, caption) in its text chunks."""
+    chunks = PngInfo()
+    for key, value in (text or {}).items():
+        chunks.add_itxt(key, value)  # iTXt: UTF-8, as captions need
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(path, format="PNG", pnginfo=chunks)
+
+
+@functools.cache
+def label_font(size: int) -> FreeTypeFont:
+    """DejaVu Sans out of matplotlib's package data: the same letters on every machine, fonts installed or not."""
+    import matplotlib
+
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
+
+
+def _width(font: FreeTypeFont, text: str) -> int:
+    return math.ceil(font.getlength(text))
+
+
+def _wrap(font: FreeTypeFont, text: str, width: int) -> list[str]:
+    """Lines of at most `width` pixels, broken between words; a word that is too long gets an ellipsis."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and _width(font, f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+            continue
+        while _width(font, word) > width and len(word) > 1:
+            word = word[:-2] + "…"
+        lines.append(word)
+    return lines

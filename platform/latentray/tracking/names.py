@@ -1,0 +1,48 @@
+"""Every metric's and picture's name, once. A name is `<part>/<quantity>`; the x axis is always samples seen."""
+
+from __future__ import annotations
+
+TRAIN_LOSS = "train/loss"
+TRAIN_LEARNING_RATE = "train/learning_rate"
+TRAIN_GRADIENT_NORM = "train/gradient_norm"
+TRAIN_SAMPLES_PER_SECOND = "train/samples_per_second"
+TRAIN_DATA_WAIT_SHARE = "train/data_wait_share"
+"""Share of the step's wall time, 0 to 1, in which the loop waited for data."""
+TRAIN_EPOCH = "train/epoch"
+TRAIN_PEAK_MEMORY_BYTES = "train/peak_memory_bytes"
+
+AUTOENCODER_RECONSTRUCTION = "autoencoder/reconstruction"
+AUTOENCODER_LPIPS = "autoencoder/lpips"
+AUTOENCODER_KL = "autoencoder/kl"
+AUTOENCODER_ADVERSARIAL = "autoencoder/adversarial"
+AUTOENCODER_ADAPTIVE_WEIGHT = "autoencoder/adaptive_weight"
+
+DISCRIMINATOR_LOSS = "discriminator/loss"
+DISCRIMINATOR_LOGITS_REAL = "discriminator/logits_real"
+DISCRIMINATOR_LOGITS_FAKE = "discriminator/logits_fake"
+DISCRIMINATOR_LEARNING_RATE = "discriminator/learning_rate"
+
+VALIDATION_LOSS = "validation/loss"
+VALIDATION_PSNR = "validation/psnr"
+"""Decibel; mean per picture, values in [0, 1], EMA weights."""
+VALIDATION_SSIM = "validation/ssim"
+VALIDATION_LPIPS = "validation/lpips"
+VALIDATION_RFID = "validation/rfid"
+VALIDATION_FID = "validation/fid"
+VALIDATION_KID = "validation/kid"
+
+LATENT_SHIFT = "latent/shift"
+LATENT_SCALE = "latent/scale"
+
+SAMPLES_COLOR_ACCURACY = "samples/color_accuracy"
+SAMPLES_BACKGROUND_ACCURACY = "samples/background_accuracy"
+SAMPLES_SHAPE_ACCURACY = "samples/shape_accuracy"
+SAMPLES_HELDOUT_COLOR_ACCURACY = "samples/heldout_color_accuracy"
+
+PICTURES_RECONSTRUCTIONS = "pictures/reconstructions"
+PICTURES_SAMPLES = "pictures/samples"
+
+
+def validation_loss_at(timestep: float) -> str:
+    """The name of the held-out loss at one fixed timestep: `validation/loss_at/0500`."""
+    return f"{VALIDATION_LOSS}_at/{timestep:04g}"

@@ -1,0 +1,63 @@
+"""Exponential moving average of the weights, over each rank's own fp32 partition: no gather, no second network.
+
+beta = 0.5^(samples per step / half-life), so the average means the same at any batch size (Karras et al. 2024, EDM2).
+Early on the average is that of what there is: beta is capped at (1 + n)/(10 + n) for the n-th update.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from latentray.checkpoint import weights
+from latentray.training.engine import Engine
+
+
+class EMA:
+    """The average of one engine's weights; every rank holds the part it optimises."""
+
+    def __init__(self, engine: Engine, *, half_life_samples: int, global_batch_size: int) -> None:
+        self.engine = engine
+        self.beta = 0.5 ** (global_batch_size / half_life_samples)
+        self.updates = 0
+        self.partitions: list[Tensor] = [p.detach().clone() for p in engine.master_partitions()]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move towards the weights; call it after each optimizer step."""
+        self.updates += 1
+        beta = min(self.beta, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self.partitions, [p.detach() for p in self.engine.master_partitions()], 1 - beta)
+
+    @contextlib.contextmanager
+    def _swapped_in(self) -> Iterator[None]:
+        masters = [p.data for p in self.engine.master_partitions()]
+        kept = [p.clone() for p in masters]
+        for master, average in zip(masters, self.partitions, strict=True):
+            master.copy_(average)
+        try:
+            yield
+        finally:
+            for master, before in zip(masters, kept, strict=True):
+                master.copy_(before)
+
+    @torch.no_grad()
+    def full_state(self) -> dict[str, Tensor]:
+        """The whole averaged fp32 state dict on the CPU. Collective: every rank must call it."""
+        with self._swapped_in():
+            return self.engine.full_state()
+
+    def save(self, path: Path) -> None:
+        """Write this rank's partitions."""
+        state = {f"partition.{i:03d}": p for i, p in enumerate(self.partitions)}
+        weights.save(path, state | {"updates": torch.tensor(self.updates)})
+
+    def load(self, path: Path) -> None:
+        state = weights.read(path)
+        self.updates = int(state.pop("updates"))
+        for partition, name in zip(self.partitions, sorted(state), strict=True):
+            partition.copy_(state[name])

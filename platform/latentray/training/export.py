@@ -1,0 +1,153 @@
+"""What a run leaves: stage 1 an autoencoder with its card, stage 2 a model folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentray import build
+from latentray.checkpoint import manifest, store
+from latentray.conditioning import text
+from latentray.config import compose
+from latentray.data import decode, members
+from latentray.data.latents import LatentStore
+from latentray.data.shards import IndexedShards
+from latentray.evaluation import autoencoders, feature_networks
+from latentray.inference import model_folder
+from latentray.models.autoencoder import KLAutoencoder, LatentScale
+from latentray.models.perceptual import Perceptual
+from latentray.reporting import pictures
+from latentray.tracking import names
+from latentray.training.state import Worker
+
+_SCALE_SAMPLES = 2048
+_VALIDATION_SAMPLES = 2048
+_GRID = 24
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exported:
+    """An artifact that a run made, and what to tell the tracker of it."""
+
+    kind: str
+    uri: str
+    digest: str
+    inputs: dict[str, str]
+    metrics: dict[str, float]
+    pictures: dict[str, np.ndarray]
+    meta: dict[str, Any]
+
+
+def autoencoder(
+    worker: Worker,
+    state: Mapping[str, Tensor],
+    training: IndexedShards,
+    validation_uri: str,
+    *,
+    perceptual: Perceptual | None,
+    inputs: Mapping[str, str],
+    facts: Mapping[str, object],
+) -> Exported:
+    """Measure the latent scale and the card of the averaged weights, and publish the artifact `<out>/autoencoder`."""
+    config = worker.config
+    net = build.autoencoder(config.autoencoder, state).to(worker.device)
+    scale = latent_scale(net, training, config.size, worker.device)
+    held_out = validation_uri if store.exists(store.join(validation_uri, manifest.NAME)) else training.uri
+    validation = IndexedShards.open(held_out)
+    originals = autoencoders.load_pictures(validation, config.size, limit=_VALIDATION_SAMPLES)
+    network = feature_networks.of_dataset(store.join(config.data or "", "feature_network"), training, config.size)
+    card, rebuilt = autoencoders.measure(net, originals, perceptual=perceptual, network=network, device=worker.device)
+    shown = autoencoders.spread(len(originals), _GRID)
+    grid = pictures.pairs(originals[shown], rebuilt[shown], columns=8, scale=2 if config.size <= 128 else 1)
+    meta: dict[str, Any] = {
+        "figures": card,
+        "scale": dataclasses.asdict(scale),
+        "samples": len(originals),
+        "feature_network": {"name": network.name, "digest": network.digest, "resize": network.resize},
+        "run": worker.run,
+        **facts,
+    }
+    uri = store.join(worker.out, "autoencoder")
+    with store.staging() as folder:
+        build.write_autoencoder(folder, config.autoencoder, state, scale=scale, size=config.size)
+        pictures.save_png(grid, folder / "reconstructions.png", {"run": worker.run, "psnr": f"{card['psnr']:.2f} dB"})
+        listing = manifest.publish(
+            folder, uri, kind="autoencoder", inputs=inputs, config=compose.to_dict(config), meta=meta, replace=True
+        )
+    print(f"autoencoder: PSNR {card['psnr']:.2f} dB, SSIM {card['ssim']:.3f}, rFID {card['rfid']:.2f}", flush=True)
+    metrics = {
+        names.VALIDATION_PSNR: card["psnr"],
+        names.VALIDATION_SSIM: card["ssim"],
+        names.VALIDATION_RFID: card["rfid"],
+        names.LATENT_SHIFT: scale.shift,
+        names.LATENT_SCALE: scale.scale,
+    }
+    if "lpips" in card:
+        metrics[names.VALIDATION_LPIPS] = card["lpips"]
+    return Exported(
+        kind="autoencoder",
+        uri=uri,
+        digest=listing.digest,
+        inputs=dict(inputs),
+        metrics=metrics,
+        pictures={names.PICTURES_RECONSTRUCTIONS: np.asarray(grid)},
+        meta=meta,
+    )
+
+
+@torch.inference_mode()
+def latent_scale(net: KLAutoencoder, training: IndexedShards, size: int, device: torch.device) -> LatentScale:
+    """Mean and 1/standard deviation of the posterior means over training pictures, spread over the data set."""
+    rows = autoencoders.spread(training.count, _SCALE_SAMPLES)
+    latents = []
+    for i in range(0, len(rows), 64):
+        pixels = [
+            decode.to_square(members.picture_of(members.decode_sample(training.read(x))), size)
+            for x in rows[i : i + 64]
+        ]
+        latents.append(net.encode(decode.to_tensor(np.stack(pixels)).to(device)).mean_BChw.double().cpu())
+    joined = torch.cat(latents)
+    return LatentScale(shift=float(joined.mean()), scale=float(1 / joined.std()))
+
+
+def model(
+    worker: Worker,
+    state: Mapping[str, Tensor],
+    latents: LatentStore,
+    *,
+    inputs: Mapping[str, str],
+    facts: Mapping[str, object],
+) -> Exported:
+    """Gather denoiser, autoencoder and text encoder into the artifact `<out>/model`."""
+    config = worker.config
+    artifact = build.autoencoder_artifact(store.absolute(config.autoencoder_from or latents.autoencoder_uri))
+    latents.require_autoencoder(artifact)
+    encoder = text.load(latents.text_source, name=latents.encoder)
+    defaults = model_folder.SamplingDefaults(
+        sampler=config.stage.sampler, steps=config.stage.sampling_steps, guidance_scale=config.stage.guidance_scale
+    )
+    lineage = dict(inputs) | {"autoencoder": artifact.digest, "text_encoder": encoder.fingerprint}
+    meta = {"run": worker.run, "samples": config.steps * config.global_batch_size, **facts}
+    uri = store.join(worker.out, "model")
+    with store.staging() as folder:
+        model_folder.write(
+            folder,
+            autoencoder_config=artifact.config,
+            autoencoder_weights=artifact.weights,
+            scale=artifact.scale,
+            denoiser_config=config.denoiser,
+            denoiser_state=state,
+            objective=config.objective,
+            text_encoder=encoder,
+            defaults=defaults,
+            size=latents.size,
+        )
+        listing = manifest.publish(
+            folder, uri, kind="model", inputs=lineage, config=compose.to_dict(config), meta=meta, replace=True
+        )
+    return Exported(kind="model", uri=uri, digest=listing.digest, inputs=lineage, metrics={}, pictures={}, meta=meta)

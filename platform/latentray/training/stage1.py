@@ -1,0 +1,176 @@
+"""Stage 1: the autoencoder, trained by reconstruction + LPIPS + KL + an adversarial term (Rombach et al. 2022).
+
+Two engines, one forward and one backward each per micro-batch. The adversarial term enters through its gradient in the
+picture, d L_adv/d rec, times the adaptive weight: a surrogate loss with the same gradient as the sum of the terms, which
+works under every ZeRO stage, and leaves the discriminator's parameters without a gradient from the autoencoder's step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from latentray import build, randomness
+from latentray.checkpoint import store
+from latentray.data.ordering import Order
+from latentray.data.pipeline import picture_batches
+from latentray.data.shards import IndexedShards
+from latentray.models import perceptual
+from latentray.models.autoencoder import KLAutoencoder, Posterior, last_layer_gradient
+from latentray.models.discriminator import PatchDiscriminator, adaptive_weight, discriminator_hinge, generator_hinge
+from latentray.randomness import Purpose
+from latentray.records import PictureBatch
+from latentray.tracking import names
+from latentray.training import export
+from latentray.training.ema import EMA
+from latentray.training.engine import Engine
+from latentray.training.state import Worker
+
+
+class AutoencoderStage:
+    """What the loop needs of stage 1: engines, batches, one step, and the artifact at the end."""
+
+    def __init__(self, worker: Worker) -> None:
+        config = worker.config
+        self.worker, self.stage = worker, config.stage
+        self.shards = IndexedShards.open(store.join(config.data or "", "train"))
+        self.validation_uri = store.join(config.data or "", "validation")
+        self.order = Order(self.shards.count, config.seed, config.global_batch_size)
+        self.inputs = {"dataset": self.shards.manifest.digest}
+        net = build.seeded(lambda: KLAutoencoder(config.autoencoder), config.seed)
+        last = net.decoder.conv_out.weight.shape  # ZeRO-3 empties shapes once the engine holds the network
+        self.last_shape = torch.Size(last)
+        self.engine = Engine(net, config, world=worker.world, device=worker.device)
+        self.engines = {"autoencoder": self.engine}
+        self.perceptual: perceptual.Perceptual | None = None
+        if self.stage.lpips.weight > 0:
+            self.perceptual = perceptual.load(
+                self.stage.lpips.net,
+                weights=self.stage.lpips.weights,
+                random_backbone=self.stage.lpips.random_backbone,
+                seed=config.seed,
+            ).to(worker.device)
+            if worker.leads and self.perceptual.backbone.is_random:
+                print(
+                    f"LPIPS: the {self.stage.lpips.net} backbone is RANDOM ({self.perceptual.backbone.detail})",
+                    flush=True,
+                )
+        self.discriminator: Engine | None = None
+        if self.stage.discriminator.weight > 0:
+            d = self.stage.discriminator
+            critic = build.seeded(lambda: PatchDiscriminator(channels=d.channels, layers=d.layers), config.seed + 1)
+            self.discriminator = Engine(critic, config, world=worker.world, device=worker.device, lr=d.lr)
+            self.engines["discriminator"] = self.discriminator
+        self.latent_shape = (
+            config.autoencoder.latent_channels,
+            config.size // config.autoencoder.downsampling,
+            config.size // config.autoencoder.downsampling,
+        )
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """What manifest and W&B record beside the configuration."""
+        if self.perceptual is None:
+            return {}
+        backbone = self.perceptual.backbone
+        return {"lpips_backbone": {"net": backbone.net, "source": backbone.source, "detail": backbone.detail}}
+
+    def batches(self, first_step: int, last_step: int) -> Iterator[PictureBatch]:
+        config = self.worker.config
+        return picture_batches(
+            self.shards,
+            self.order,
+            rank=self.worker.rank,
+            world=self.worker.world,
+            first_step=first_step,
+            last_step=last_step,
+            size=config.size,
+            flip=config.flip,
+            workers=config.loader_workers,
+        )
+
+    def micro_batches(self, batch: PictureBatch, size: int) -> Iterator[PictureBatch]:
+        for i in range(0, len(batch.ids), size):
+            yield PictureBatch(x_BCHW=batch.x_BCHW[i : i + size], ids=batch.ids[i : i + size])
+
+    def step(self, batch: PictureBatch, samples: int) -> dict[str, Tensor]:
+        """Forward, backward and step of both engines on one micro-batch; metrics are means over it, detached."""
+        stage, device = self.stage, self.worker.device
+        x = batch.x_BCHW.to(device)
+        keys = randomness.keys_of(self.worker.config.seed, Purpose.POSTERIOR, batch.ids, device=device)
+        noise = randomness.normal(keys, self.latent_shape)
+        rec, mean, logvar, features = self.engine(x.to(self.engine.dtype), noise.to(self.engine.dtype))
+        posterior = Posterior(mean_BChw=mean, logvar_BChw=logvar)
+        metrics: dict[str, Tensor] = {}
+        loss = self._reconstruction(rec.float(), x, samples, metrics) + stage.kl_weight * posterior.kl().mean()
+        metrics[names.AUTOENCODER_KL] = posterior.kl().mean()
+        adversarial = self.discriminator is not None and samples >= stage.discriminator.start_samples
+        if adversarial:
+            loss = loss + self._adversarial(rec, x, features, samples, metrics)
+        self.engine.backward(loss)
+        self.engine.step()
+        if adversarial:
+            self._critic_step(x, rec.detach(), metrics)
+        metrics[names.TRAIN_LOSS] = loss
+        return {name: value.detach() for name, value in metrics.items()}
+
+    def _reconstruction(self, rec: Tensor, x: Tensor, samples: int, metrics: dict[str, Tensor]) -> Tensor:
+        """Pixel distance and, once it has begun, LPIPS; (B,3,H,W) each -> scalar."""
+        error = (rec - x).abs() if self.stage.reconstruction == "l1" else (rec - x).square()
+        loss = error.mean()
+        metrics[names.AUTOENCODER_RECONSTRUCTION] = loss
+        if self.perceptual is not None and samples >= self.stage.lpips.start_samples:
+            distance = self.perceptual(rec, x).mean()
+            metrics[names.AUTOENCODER_LPIPS] = distance
+            loss = loss + self.stage.lpips.weight * distance
+        return loss
+
+    def _adversarial(
+        self, rec: Tensor, x: Tensor, features: Tensor, samples: int, metrics: dict[str, Tensor]
+    ) -> Tensor:
+        """A surrogate whose gradient in `rec` is weight * adaptive * d L_adv/d rec."""
+        assert self.discriminator is not None
+        leaf = rec.detach().requires_grad_(True)
+        value = generator_hinge(self.discriminator.module(leaf))
+        (grad_adversarial,) = torch.autograd.grad(value, leaf)
+        leaf = rec.detach().float().requires_grad_(True)
+        (grad_reconstruction,) = torch.autograd.grad(self._reconstruction(leaf, x, samples, {}), leaf)
+        patch = self.worker.config.autoencoder.patch
+        at_last = [
+            last_layer_gradient(g, features, patch, self.last_shape) for g in (grad_reconstruction, grad_adversarial)
+        ]
+        for gradient in at_last:
+            dist.all_reduce(gradient)  # the norm of the sum, else the weight would depend on the world size
+        weight = adaptive_weight(*at_last, limit=self.stage.discriminator.max_adaptive_weight)
+        metrics[names.AUTOENCODER_ADVERSARIAL] = value
+        metrics[names.AUTOENCODER_ADAPTIVE_WEIGHT] = weight
+        return self.stage.discriminator.weight * weight * (rec.float() * grad_adversarial.float()).sum()
+
+    def _critic_step(self, x: Tensor, rec: Tensor, metrics: dict[str, Tensor]) -> None:
+        assert self.discriminator is not None
+        both = self.discriminator(torch.cat([x.to(rec.dtype), rec]))  # one forward per backward
+        real, fake = both.chunk(2)
+        loss = discriminator_hinge(real, fake)
+        self.discriminator.backward(loss)
+        self.discriminator.step()
+        metrics[names.DISCRIMINATOR_LOSS] = loss
+        metrics[names.DISCRIMINATOR_LOGITS_REAL] = real.float().mean()
+        metrics[names.DISCRIMINATOR_LOGITS_FAKE] = fake.float().mean()
+
+    def finish(self, ema: EMA) -> export.Exported | None:
+        """The artifact of the averaged weights; on rank 0 only, but every rank calls it."""
+        state = ema.full_state()
+        if not self.worker.leads:
+            return None
+        return export.autoencoder(
+            self.worker,
+            state,
+            self.shards,
+            self.validation_uri,
+            perceptual=self.perceptual,
+            inputs=self.inputs,
+            facts=self.facts,
+        )

@@ -1,0 +1,102 @@
+"""Stage 2: the denoiser, trained on stored latents and embedded captions (Rombach et al. 2022, equation 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from latentray import build, randomness
+from latentray.checkpoint import store
+from latentray.data import latents
+from latentray.data.ordering import Order
+from latentray.data.pipeline import latent_batches
+from latentray.data.shards import IndexedShards
+from latentray.diffusion import losses, schedules, timesteps
+from latentray.models.autoencoder import Posterior
+from latentray.models.unet import UNet
+from latentray.randomness import Purpose
+from latentray.records import LatentBatch
+from latentray.tracking import names
+from latentray.training import export
+from latentray.training.ema import EMA
+from latentray.training.engine import Engine
+from latentray.training.state import Worker
+
+
+class DiffusionStage:
+    """What the loop needs of stage 2: the engine, batches, one step, and the model folder at the end."""
+
+    def __init__(self, worker: Worker) -> None:
+        config = worker.config
+        self.worker, self.stage, self.objective = worker, config.stage, config.objective
+        uri = store.join(config.latents or "", "train")
+        self.shards = IndexedShards.open(uri, kind=latents.KIND)
+        self.store = latents.describe(uri, self.shards.manifest)
+        self.order = Order(self.shards.count, config.seed, config.global_batch_size)
+        self.inputs = {"latents": self.shards.manifest.digest}
+        self.schedule = schedules.build(config.objective)
+        net = build.seeded(lambda: UNet(config.denoiser), config.seed)
+        self.engine = Engine(net, config, world=worker.world, device=worker.device)
+        self.engines = {"denoiser": self.engine}
+        self.empty = self.store.empty_prompt().to(worker.device, torch.float32)
+
+    @property
+    def facts(self) -> dict[str, object]:
+        return {"autoencoder": self.store.autoencoder_fingerprint, "text_encoder": self.store.text_fingerprint}
+
+    def batches(self, first_step: int, last_step: int) -> Iterator[LatentBatch]:
+        return latent_batches(
+            self.shards,
+            self.order,
+            rank=self.worker.rank,
+            world=self.worker.world,
+            first_step=first_step,
+            last_step=last_step,
+            workers=self.worker.config.loader_workers,
+        )
+
+    def micro_batches(self, batch: LatentBatch, size: int) -> Iterator[LatentBatch]:
+        for i in range(0, len(batch.ids), size):
+            part = slice(i, i + size)
+            yield LatentBatch(
+                mean_BChw=batch.mean_BChw[part],
+                logvar_BChw=batch.logvar_BChw[part],
+                text=batch.text.rows(part),
+                ids=batch.ids[part],
+            )
+
+    def step(self, batch: LatentBatch, samples: int) -> dict[str, Tensor]:
+        """Forward, backward and step on one micro-batch; metrics are means over it, detached."""
+        seed, device = self.worker.config.seed, self.worker.device
+
+        def keys(purpose: Purpose) -> Tensor:
+            return randomness.keys_of(seed, purpose, batch.ids, device=device)
+
+        latent = batch.mean_BChw.to(device)
+        if self.stage.latent == "draw":
+            noise = randomness.normal(keys(Purpose.POSTERIOR), latent.shape[1:])
+            latent = Posterior(mean_BChw=latent, logvar_BChw=batch.logvar_BChw.to(device)).draw(noise)
+        x0 = self.store.scale.normalise(latent)
+        t = timesteps.from_uniform(self.objective, self.schedule, randomness.uniform(keys(Purpose.TIMESTEP)))
+        noised = losses.noised(
+            self.objective, self.schedule, x0, randomness.normal(keys(Purpose.NOISE), x0.shape[1:]), t
+        )
+        dropped = randomness.uniform(keys(Purpose.CAPTION_DROPOUT)) < self.stage.caption_dropout
+        context = torch.where(dropped[:, None, None], self.empty.tokens_BLD, batch.text.tokens_BLD.to(device))
+        dtype = self.engine.dtype
+        y = self.engine(noised.x_BChw.to(dtype), noised.t_B, context.to(dtype))
+        loss = losses.mean_squared(y, noised).mean()
+        self.engine.backward(loss)
+        self.engine.step()
+        return {names.TRAIN_LOSS: loss.detach()}
+
+    def finish(self, ema: EMA) -> export.Exported | None:
+        """The model folder of the averaged weights; on rank 0 only, but every rank calls it."""
+        state = ema.full_state()
+        return (
+            export.model(self.worker, state, self.store, inputs=self.inputs, facts=self.facts)
+            if self.worker.leads
+            else None
+        )

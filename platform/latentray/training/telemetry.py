@@ -1,0 +1,100 @@
+"""What a worker measures of its steps, and who is told: the tracker, on rank 0."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from latentray import tracking
+from latentray.checkpoint import store
+from latentray.config import compose
+from latentray.tracking import names
+from latentray.training.export import Exported
+from latentray.training.state import Worker
+
+METRICS = "metrics.jsonl"
+
+
+class Telemetry:
+    """Collects the metrics of the steps between two flushes; logs their means over all ranks."""
+
+    def __init__(self, worker: Worker, *, facts: dict[str, object], resumed_at: int) -> None:
+        self.worker = worker
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._waited = self._busy = 0.0
+        self._since, self._samples = time.perf_counter(), resumed_at
+        self.tracker: tracking.Tracker | None = None
+        self._folder: Path | None = None
+        if worker.leads:
+            self._folder = self._local_folder()
+            resolved = compose.to_dict(worker.config) | {"run": worker.run, "out": worker.out, "facts": facts}
+            self.tracker = tracking.open(
+                worker.config.tracking, worker.run, self._folder, resolved, resumed_at=resumed_at or None
+            )
+
+    def _local_folder(self) -> Path:
+        """Where the tracker writes: the run's own folder where it is local, else this node's cache of it."""
+        if not store.is_remote(self.worker.out):
+            return store.local_path(self.worker.out)
+        folder = store.cache_dir() / "runs" / self.worker.run
+        folder.mkdir(parents=True, exist_ok=True)
+        where = store.join(self.worker.out, METRICS)
+        if store.exists(where):
+            (folder / METRICS).write_bytes(store.read_bytes(where))
+        return folder
+
+    def step(self, micro_batches: list[dict[str, Tensor]], *, data_wait: float, seconds: float) -> None:
+        """Take in one step; tensors stay on their device until the next flush."""
+        for metrics in micro_batches:
+            for name, value in metrics.items():
+                self._sums[name] = self._sums.get(name, torch.zeros_like(value, dtype=torch.float32)) + value.float()
+                self._counts[name] = self._counts.get(name, 0) + 1
+        self._waited += data_wait
+        self._busy += seconds
+
+    def flush(self, samples: int, *, lr: float, gradient_norm: float) -> dict[str, float]:
+        """Means since the last flush, over all ranks; logged on rank 0. Collective."""
+        order = sorted(self._sums)
+        means = torch.stack([self._sums[name] / self._counts[name] for name in order])
+        dist.all_reduce(means)
+        logged = dict(zip(order, (means / self.worker.world).tolist(), strict=True))
+        now = time.perf_counter()
+        logged[names.TRAIN_LEARNING_RATE] = lr
+        logged[names.TRAIN_GRADIENT_NORM] = gradient_norm
+        logged[names.TRAIN_SAMPLES_PER_SECOND] = (samples - self._samples) / max(now - self._since, 1e-9)
+        logged[names.TRAIN_DATA_WAIT_SHARE] = self._waited / max(self._busy, 1e-9)
+        self._sums, self._counts, self._waited, self._busy = {}, {}, 0.0, 0.0
+        self._since, self._samples = now, samples
+        if self.tracker is not None:
+            self.tracker.log(samples, logged)
+        return logged
+
+    def exported(self, exported: Exported, *, samples: int) -> None:
+        """Record the artifact that the run made, its figures and its pictures."""
+        if self.tracker is None:
+            return
+        self.tracker.log(samples, exported.metrics)
+        for name, path in exported.pictures.items():
+            self.tracker.image(samples, name, path)
+        self.tracker.artifact(
+            f"{self.worker.run}-{exported.kind}",
+            exported.kind,
+            exported.uri,
+            exported.digest,
+            exported.inputs,
+            exported.meta,
+        )
+
+    def close(self) -> None:
+        if self.tracker is None:
+            return
+        self.tracker.finish()
+        if self.tracker.sync_command:
+            print(f"W&B was offline; upload the run later with: {self.tracker.sync_command}", flush=True)
+        if store.is_remote(self.worker.out) and self._folder is not None:
+            store.upload(self._folder / METRICS, store.join(self.worker.out, METRICS))

@@ -1,0 +1,138 @@
+"""A release as a replica holds it: loaded through its manifest, tried once, and drawing whole batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from latentray.checkpoint import manifest
+from latentray.config.serve import ServeConfig
+from latentray.errors import ArtifactError, ConfigError, RequestRefused
+from serving.messages import ModelInfo, Picture, PictureRequest
+
+logger = logging.getLogger("ray.serve")
+
+KINDS = ("release", "model")
+"""Kinds of artifact that can be served."""
+
+
+class Model(Protocol):
+    """What serving uses of `latentray.inference.sampling.TextToImage`."""
+
+    defaults: Any
+    size: int
+    downsampling: int
+    samplers: tuple[str, ...]
+    max_steps: int
+
+    def sample(self, requests: Sequence[Any]) -> list[Any]: ...
+
+
+def read_manifest(uri: str) -> manifest.Manifest:
+    """The manifest of a release or model. Raises InputMissing, DigestMismatch, or ArtifactError for another kind."""
+    found = manifest.read(uri)
+    if found.kind not in KINDS:
+        raise ArtifactError(
+            f"A {' or a '.join(KINDS)} is wanted here, and this is a {found.kind}.",
+            where=uri,
+            mend="Promote a model first (python -m jobs.promote), or give its path with release=...",
+        )
+    return found
+
+
+def loader_of(import_path: str) -> Callable[..., Model]:
+    """The call behind `module:name` or `module:Class.method`."""
+    module, _, name = import_path.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"The loader cannot be imported: {error}", where="loader", mend="Give module:callable."
+        ) from None
+    return found
+
+
+def load(config: ServeConfig, uri: str, release_id: str) -> Loaded:
+    """Load a release; the loader verifies every file it reads by the manifest."""
+    created = datetime.datetime.fromisoformat(read_manifest(uri).created)
+    model = loader_of(config.loader)(uri, device=config.device)
+    info = ModelInfo(
+        release_id=release_id,
+        release=uri,
+        created=int(created.timestamp()),
+        size=model.size,
+        downsampling=model.downsampling,
+        samplers=tuple(model.samplers),
+        max_steps=model.max_steps,
+        sampler=model.defaults.sampler,
+        steps=model.defaults.steps,
+        guidance_scale=model.defaults.guidance_scale,
+    )
+    return Loaded(model=model, info=info, threads=config.threads)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model and what is said about it."""
+
+    model: Model
+    info: ModelInfo
+    threads: int | None
+
+    def warm_up(self) -> None:
+        """Draw one picture in few steps, in the thread that will draw: a release that cannot never serves."""
+        if self.threads is not None:
+            import torch
+
+            torch.set_num_threads(self.threads)
+        size, info = self.info.size, self.info
+        request = PictureRequest(
+            prompt="warm-up",
+            steps=min(2, info.steps, info.max_steps),
+            guidance_scale=info.guidance_scale,
+            seed=0,
+            sampler=info.sampler,
+            height=size,
+            width=size,
+        )
+        (outcome,) = self.draw([request])
+        if isinstance(outcome, Exception):
+            raise outcome
+
+    def draw(self, requests: Sequence[PictureRequest]) -> list[Picture | Exception]:
+        """One outcome per request, in order; requests of one size are drawn in one call.
+
+        Where a call fails, its pictures are tried one by one, so that a request fails for its own faults only.
+        """
+        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        outcomes: list[Picture | Exception] = [RequestRefused("not drawn", status=500)] * len(requests)
+        for i, request in enumerate(requests):
+            if request.sampler not in self.info.samplers:  # admitted before a promotion that changed the objective
+                outcomes[i] = RequestRefused(
+                    f"Unknown sampler {request.sampler!r}. This model allows: {', '.join(self.info.samplers)}.",
+                    param="sampler",
+                )
+            else:
+                groups[request.height, request.width].append(i)
+        for rows in groups.values():
+            for i, outcome in zip(rows, self._draw_group([requests[i] for i in rows]), strict=True):
+                outcomes[i] = outcome
+        return outcomes
+
+    def _draw_group(self, requests: list[PictureRequest]) -> list[Picture | Exception]:
+        try:
+            drawn = self.model.sample(requests)
+        except Exception as error:
+            if len(requests) == 1:
+                logger.exception("a picture could not be drawn")
+                return [error]
+            return [outcome for request in requests for outcome in self._draw_group([request])]
+        release_id = self.info.release_id
+        return [Picture(pixels_HWC=p.pixels_HWC, truncated=p.truncated, release_id=release_id) for p in drawn]

@@ -1,0 +1,112 @@
+"""The HTTP models: OpenAI's images API and the extra fields of a diffusion model.
+
+Types and fixed bounds are checked here; what depends on the loaded model or on settings is checked in `admission`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MAX_SEED = 2**53 - 1
+"""Largest seed: the largest integer that every JSON reader keeps exactly."""
+MAX_GUIDANCE = 50.0
+
+
+class ImagesRequest(BaseModel):
+    """`POST /v1/images/generations`. An unknown field is refused by name; null means the default."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    prompt: str = Field(min_length=1, description="What to draw. Cut where it is longer than the tokenizer takes.")
+    model: str | None = Field(None, description="Served name, release id or alias; the served model where left out.")
+    n: int | None = Field(None, ge=1, description="Number of pictures; 1 where left out.")
+    size: str | None = Field(None, description="`<width>x<height>` in pixels, or `auto` for the model's own size.")
+    response_format: str | None = Field(None, description="`b64_json`, the only one offered.")
+    output_format: Literal["png", "jpeg", "webp"] | None = Field(None, description="`png` where left out.")
+    output_compression: int | None = Field(None, ge=0, le=100, description="Quality of jpeg and webp, in percent.")
+    background: str | None = Field(None, description="`auto` or `opaque`; pictures have no alpha channel.")
+    quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] | None = Field(
+        None, description="Accepted for compatibility, without effect: `num_inference_steps` sets the quality."
+    )
+    style: Literal["vivid", "natural"] | None = Field(None, description="Accepted for compatibility, without effect.")
+    moderation: Literal["auto", "low"] | None = Field(None, description="Accepted for compatibility, without effect.")
+    user: str | None = Field(None, max_length=512, description="Accepted for compatibility, not stored.")
+    safety_identifier: str | None = Field(None, max_length=512, description="Accepted for compatibility, not stored.")
+    stream: bool | None = Field(None, description="Only false is offered.")
+
+    negative_prompt: str | None = Field(None, description="What to steer away from.")
+    num_inference_steps: int | None = Field(
+        None, ge=1, description="Sampling steps; the model's default where left out."
+    )
+    guidance_scale: float | None = Field(
+        None,
+        ge=0,
+        le=MAX_GUIDANCE,
+        description="Classifier-free guidance; 1 is none, the model's default where left out.",
+    )
+    seed: int | None = Field(
+        None, ge=0, le=MAX_SEED, description="Equal seeds give equal pictures; drawn where left out."
+    )
+    sampler: str | None = Field(None, description="One of the model's samplers, see `GET /v1/models`.")
+
+
+class ImageData(BaseModel):
+    """One picture of the reply."""
+
+    b64_json: str
+    """The encoded picture, base64."""
+    seed: int
+    """Sent as `seed` with n=1 it draws this picture again."""
+
+
+class ImagesReply(BaseModel):
+    """The reply of the images API, with the settings that drew the pictures."""
+
+    created: int
+    data: list[ImageData]
+    model: str
+    """Id of the release that drew the pictures."""
+    size: str
+    output_format: str
+    background: Literal["opaque"] = "opaque"
+    seed: int
+    """Seed of the request: given, or drawn by the server."""
+    sampler: str
+    num_inference_steps: int
+    guidance_scale: float
+    warnings: list[str]
+
+
+class Model(BaseModel):
+    """One entry of `GET /v1/models`."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "latentray"
+    latentray: dict[str, Any]
+    """Release, samplers, bounds and defaults."""
+
+
+class ModelList(BaseModel):
+    """`GET /v1/models`."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class ErrorDetail(BaseModel):
+    """What was wrong, and with which parameter."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(BaseModel):
+    """OpenAI's error form."""
+
+    error: ErrorDetail

@@ -1,0 +1,254 @@
+"""Every configuration composes and builds; every mistake on a command line is one message, before anything starts."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from latentray import build
+from latentray.config import compose
+from latentray.config.build_shards import BuildShards
+from latentray.config.evaluate import Evaluate
+from latentray.config.precompute_latents import PrecomputeLatents
+from latentray.config.promote import PromoteConfig, ReleasesConfig, RollbackConfig
+from latentray.config.serve import ServeConfig
+from latentray.config.submit import SubmitConfig
+from latentray.config.train import Train
+from latentray.diffusion import schedules
+from latentray.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+PRIMARY = {
+    "build_shards": (BuildShards, []),
+    "evaluate": (Evaluate, ["model=m", "data=d", "out=o"]),
+    "precompute_latents": (PrecomputeLatents, ["data=d", "autoencoder_from=a", "out=o"]),
+    "promote": (PromoteConfig, ["model=m", "report=r"]),
+    "releases": (ReleasesConfig, []),
+    "rollback": (RollbackConfig, []),
+    "serve": (ServeConfig, ["allow_anonymous=true"]),
+    "submit": (SubmitConfig, ["job=train"]),
+    "train": (Train, []),
+}
+"""Primary configuration -> its schema, and what a user must give."""
+
+GROUPS = {
+    "autoencoder": "train",
+    "cluster": "train",
+    "deepspeed": "train",
+    "denoiser": "train",
+    "gates": "promote",
+    "objective": "train",
+    "optimizer": "train",
+    "source": "build_shards",
+    "stage": "train",
+    "text_encoder": "precompute_latents",
+    "tracking": "train",
+}
+"""Group -> the primary configuration that takes it."""
+
+NEEDS = {("source", "folder"): ["path=p"], ("source", "table"): ["path=p"]}
+"""What a member of a group needs besides."""
+
+MEMBERS = [(group, name) for group, names in compose.groups().items() for name in names]
+
+
+def load(name: str, *overrides: str):
+    schema, needed = PRIMARY[name]
+    return compose.load(name, schema, [*needed, *overrides])
+
+
+def refused(name: str, *overrides: str) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        load(name, *overrides)
+    return caught.value
+
+
+def test_the_tables_above_are_complete():
+    assert sorted(path.stem for path in compose.conf_dir().glob("*.yaml")) == sorted(PRIMARY)
+    assert set(compose.groups()) == set(GROUPS)
+
+
+@pytest.mark.parametrize("name", PRIMARY)
+def test_every_job_composes(name):
+    config = load(name)
+    assert type(config) is PRIMARY[name][0]
+    assert compose.from_dict(type(config), compose.to_dict(config)) == config
+
+
+@pytest.mark.parametrize(("group", "name"), MEMBERS)
+def test_every_member_of_every_group_composes(group, name):
+    load(GROUPS[group], f"{group}={name}", *NEEDS.get((group, name), []))
+
+
+@pytest.mark.parametrize("name", compose.groups()["autoencoder"])
+def test_every_autoencoder_builds(name):
+    config = load("train", f"autoencoder={name}", "stage=autoencoder")
+    with torch.device("meta"):
+        net = build.autoencoder(config.autoencoder)
+    size = config.autoencoder.downsampling * 2
+    posterior = net.encode(torch.empty(1, 3, size, size, device="meta"))
+    assert posterior.mean_BChw.shape == (1, config.autoencoder.latent_channels, 2, 2)
+    assert net.decode(posterior.mean_BChw).shape == (1, 3, size, size)
+
+
+@pytest.mark.parametrize("name", compose.groups()["denoiser"])
+def test_every_denoiser_builds(name):
+    config = load("train", f"denoiser={name}").denoiser
+    with torch.device("meta"):
+        net = build.denoiser(config)
+    size = 2 ** len(config.channels)
+    x, context = torch.empty(1, config.in_channels, size, size), torch.empty(1, 5, config.context_width or 1)
+    assert net(x.to("meta"), torch.empty(1, device="meta"), context.to("meta")).shape == (1, config.out_channels, size, size)
+
+
+@pytest.mark.parametrize("name", compose.groups()["objective"])
+def test_every_objective_builds(name):
+    config = load("train", f"objective={name}").objective
+    alpha, sigma = schedules.build(config).alpha_sigma(torch.tensor([config.timesteps // 2]))
+    assert 0 < float(alpha) < 1
+    assert 0 < float(sigma) < 1
+
+
+def test_the_published_parameter_counts():
+    config = load("train", "autoencoder=kl_f8", "denoiser=unet_sd15")
+    with torch.device("meta"):
+        assert build.parameter_count(build.autoencoder(config.autoencoder)) == 83_653_863
+        assert build.parameter_count(build.denoiser(config.denoiser)) == 859_520_964
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("total_sample=100", "total_samples"),
+        ("optimiser.lr=1", "optimizer.lr"),
+        ("optimizer.learning_rat=1", None),
+        ("stage.lpips.wieght=1", "stage.lpips.weight"),
+        ("autoencodr=kl_f8", "autoencoder"),
+        ("deepspeed.zero_stag=1", "deepspeed.zero_stage"),
+    ],
+)
+def test_a_misspelt_key_names_the_nearest(override, nearest):
+    error = refused("train", "stage=autoencoder", override)
+    key = override.split("=")[0]
+    assert error.where == key
+    assert key in error.what
+    if nearest:
+        assert error.mend == f"Did you mean {nearest!r}?"
+
+
+@pytest.mark.parametrize(
+    ("override", "where", "takes"),
+    [
+        ("global_batch_size=many", "global_batch_size", "takes int"),
+        ("optimizer.lr=fast", "optimizer.lr", "takes float"),
+        ("flip=perhaps", "flip", "takes bool"),
+        ("autoencoder.channels=128", "autoencoder.channels", ""),
+    ],
+)
+def test_a_wrong_type_says_what_the_key_takes(override, where, takes):
+    error = refused("train", override)
+    assert where in f"{error.where} {error.what}"
+    assert takes in error.mend
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [("denoiser=unet_shape", "denoiser=unet_shapes"), ("stage=autoencodr", "stage=autoencoder"), ("cluster=slurm", "Known: none, ray")],
+)
+def test_an_unknown_member_of_a_group_names_those_there_are(override, hint):
+    error = refused("train", override)
+    assert hint in error.mend
+    assert error.where == override.split("=")[0]
+
+
+def test_an_unknown_stage_is_refused():
+    error = refused("train", "stage.name=super_resolution")
+    assert error.where == "stage.name"
+    assert "autoencoder, diffusion" in error.mend
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "where"),
+    [
+        ("train", ["cluster.workers=5"], "global_batch_size"),
+        ("train", ["global_batch_size=0"], "global_batch_size"),
+        ("train", ["total_samples=10"], "total_samples"),
+        ("train", ["stage=autoencoder", "size=100"], "size"),
+        ("train", ["precision=fp16"], "precision"),
+        ("train", ["deepspeed=zero0"], "precision"),
+        ("train", ["+deepspeed.extra.train_batch_size=8"], "deepspeed.extra.train_batch_size"),
+        ("train", ["objective=flow", "objective.prediction=v"], "objective.prediction"),
+        ("train", ["autoencoder.channels=[100]"], "autoencoder.channels"),
+        ("train", ["denoiser.depth=[1]"], "denoiser.depth"),
+        ("train", ["denoiser.head_dim=64"], "denoiser.heads"),
+        ("train", ["tracking.mode=sometimes"], "tracking.mode"),
+        ("precompute_latents", ["data=null"], "data"),
+        ("build_shards", ["source=folder"], "path"),
+        ("promote", ["model=???"], "model"),
+    ],
+)
+def test_what_contradicts_is_refused_and_names_the_key(name, overrides, where):
+    error = refused(name, *overrides)
+    assert where in error.where
+    assert error.mend
+
+
+def test_the_divisors_are_named():
+    error = refused("train", "global_batch_size=12", "cluster.workers=5")
+    assert "1, 2, 3, 4, 6, 12" in error.mend
+
+
+@pytest.mark.parametrize("broken", ["a=b=", "stage=[", "=3", "foo"])
+def test_a_command_line_that_cannot_be_parsed_is_one_message(broken):
+    assert refused("train", broken).what
+
+
+def test_what_deepspeed_takes_beyond_ours_passes():
+    config = load("train", "+deepspeed.extra.zero_optimization.overlap_comm=true")
+    assert config.deepspeed.extra == {"zero_optimization": {"overlap_comm": True}}
+
+
+_RUN = """
+import sys
+sys.argv = ["jobs.train", *sys.argv[1:]]
+from jobs import train
+code = train.main()
+print("ray imported:", "ray" in sys.modules)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["stage=autoencoder", "total_sample=10"], "Did you mean 'total_samples'?"),
+        (["stage=autoencoder", "data=/nowhere", "tracking=none"], "/nowhere"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(tmp_path, arguments, says):
+    done = subprocess.run(
+        [sys.executable, "-c", _RUN, *arguments, f"out={tmp_path}/run"],
+        cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(re.findall(r"^error: ", done.stderr, re.M)) == 1
+    assert len(done.stderr.strip().splitlines()) <= 4
+    assert "ray imported: False" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_job_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.train", "stage=autoencodr"],
+        cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: There is no 'stage' called 'autoencodr'.")
+    assert "Traceback" not in done.stderr

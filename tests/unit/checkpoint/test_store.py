@@ -1,0 +1,152 @@
+"""The store: the same verbs on local disk and on S3, atomic writes, and a cache that keeps no damaged copy."""
+
+import hashlib
+import json
+import shutil
+import types
+
+import pytest
+
+from latentray.checkpoint import store
+from latentray.errors import EnvironmentRefused, InputMissing
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request, tmp_path):
+    if request.param == "local":
+        return str(tmp_path / "root")
+    return request.getfixturevalue("moto_s3").uri("root")
+
+
+def test_read_write_list_delete(root):
+    one, two = store.join(root, "a", "one.bin"), store.join(root, "a/b", "two.json")
+    assert not store.exists(one)
+    assert store.list_files(root) == []
+    store.write_bytes(one, b"\x00\xff")
+    store.write_json(two, {"x": [1, None]})
+    assert store.exists(one)
+    assert store.read_bytes(one) == b"\x00\xff"
+    assert store.read_json(two) == {"x": [1, None]}
+    assert store.list_files(root) == ["a/b/two.json", "a/one.bin"]
+    assert store.list_folders(root) == ["a"]
+    assert store.list_folders(store.join(root, "a")) == ["b"]
+    store.write_bytes(one, b"again")
+    assert store.read_bytes(one) == b"again"
+    store.delete(one)
+    assert store.list_files(root) == ["a/b/two.json"]
+    store.delete(store.join(root, "a"))
+    assert store.list_files(root) == []
+    store.delete(store.join(root, "a"))  # nothing there: silent
+
+
+def test_what_is_missing_is_named(root):
+    where = store.join(root, "nothing.json")
+    with pytest.raises(InputMissing) as caught:
+        store.read_bytes(where)
+    assert caught.value.where == where
+    with pytest.raises(InputMissing) as caught:
+        store.require_readable([where])
+    assert caught.value.where == where
+
+
+def test_upload_and_fetch(root, tmp_path):
+    source = tmp_path / "source.bin"
+    source.write_bytes(b"content" * 1000)
+    where = store.join(root, "deep", "source.bin")
+    store.upload(source, where)
+    path = store.fetch(where, sha256=store.sha256_of(source))
+    assert path.read_bytes() == source.read_bytes()
+    assert path.name == "source.bin"
+
+
+def test_a_remote_file_is_downloaded_once(moto_s3, tmp_path, monkeypatch):
+    monkeypatch.setenv("LATENTRAY_CACHE", str(tmp_path / "cache"))
+    where, digest = moto_s3.uri("x.bin"), hashlib.sha256(b"x").hexdigest()
+    store.write_bytes(where, b"x")
+    first = store.fetch(where, sha256=digest)
+    store.delete(where)
+    assert store.fetch(where, sha256=digest) == first
+    assert first.read_bytes() == b"x"
+
+
+def test_a_damaged_download_is_not_kept(moto_s3, tmp_path, monkeypatch):
+    monkeypatch.setenv("LATENTRAY_CACHE", str(tmp_path / "cache"))
+    where, digest = moto_s3.uri("x.bin"), hashlib.sha256(b"good").hexdigest()
+    store.write_bytes(where, b"gOod")
+    assert store.sha256_of(store.fetch(where, sha256=digest)) != digest
+    store.write_bytes(where, b"good")
+    assert store.fetch(where, sha256=digest).read_bytes() == b"good"
+
+
+def test_without_a_digest_nothing_stale_is_served(moto_s3, tmp_path, monkeypatch):
+    monkeypatch.setenv("LATENTRAY_CACHE", str(tmp_path / "cache"))
+    where = moto_s3.uri("x.bin")
+    store.write_bytes(where, b"old")
+    assert store.fetch(where).read_bytes() == b"old"
+    store.write_bytes(where, b"new")
+    assert store.fetch(where).read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("verb", ["write_bytes", "upload"])
+def test_a_write_that_is_cut_short_leaves_the_old_content(tmp_path, monkeypatch, verb):
+    target, source = tmp_path / "file", tmp_path / "source"
+    target.write_bytes(b"old")
+    source.write_bytes(b"new")
+
+    def fail(*_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pathlib.Path.replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        store.write_bytes(target, b"new") if verb == "write_bytes" else store.upload(source, target)
+    assert target.read_bytes() == b"old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "source"]
+
+
+def test_a_transient_error_is_retried(tmp_path, monkeypatch):
+    monkeypatch.setattr(store.write_bytes.retry, "sleep", lambda _seconds: None)
+    real, calls = store.Path.replace, []
+
+    def flaky(self, target):
+        calls.append(target)
+        if len(calls) < 3:
+            raise OSError(5, "Input/output error")
+        return real(self, target)
+
+    monkeypatch.setattr("pathlib.Path.replace", flaky)
+    store.write_bytes(tmp_path / "file", b"x")
+    assert len(calls) == 3
+    assert (tmp_path / "file").read_bytes() == b"x"
+
+
+def test_uris():
+    assert store.join("s3://b/", "/a/", "c.json") == "s3://b/a/c.json"
+    assert store.is_remote("s3://b/a")
+    assert not store.is_remote("file:///tmp/a")
+    assert str(store.local_path("file:///tmp/a")) == "/tmp/a"
+    assert store.absolute("s3://b/a") == "s3://b/a"
+    assert store.absolute("a/b").startswith("/")
+
+
+def test_a_file_uri_is_a_local_path(tmp_path):
+    store.write_bytes(f"file://{tmp_path}/a/b.bin", b"x")
+    assert (tmp_path / "a" / "b.bin").read_bytes() == b"x"
+
+
+def test_the_digest_of_a_value_does_not_depend_on_the_order_of_its_keys():
+    assert store.digest_of({"a": 1, "b": [1, 2]}) == store.digest_of(json.loads('{"b": [1, 2], "a": 1}'))
+    assert store.digest_of({"a": 1}) != store.digest_of({"a": 2})
+
+
+def test_a_full_disk_is_refused_and_a_remote_target_is_not_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: types.SimpleNamespace(free=10 << 20))
+    store.require_space(tmp_path / "not" / "yet", 5 << 20)
+    with pytest.raises(EnvironmentRefused, match="10 MiB free, about 20 MiB needed"):
+        store.require_space(tmp_path / "not" / "yet", 20 << 20)
+    store.require_space("s3://bucket/out", 20 << 20)
+
+
+def test_staging_is_gone_afterwards():
+    with store.staging() as folder:
+        (folder / "x").write_bytes(b"x")
+    assert not folder.exists()

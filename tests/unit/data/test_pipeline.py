@@ -1,0 +1,210 @@
+"""Batches: the same numbers for any world and any number of loader workers; damage is an error, not a gap."""
+
+import io
+import json
+import pickle
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from latentray.checkpoint import manifest
+from latentray.data import pipeline, shards
+from latentray.data.ordering import Order
+from latentray.errors import ConfigError, DataError, DigestMismatch
+
+N, B = 10, 4
+
+
+def png(value: int) -> bytes:
+    pixels = np.zeros((20, 16, 3), np.uint8)
+    pixels[:, :8] = value  # brighter on the left: a mirrored picture shows
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def publish(folder, uri, made, kind):
+    folder.mkdir()
+    halves = [shards.write_shard(made[i::2], folder / shards.shard_name(i)) for i in range(2)]
+    shards.write_index(halves, folder / shards.INDEX)
+    manifest.publish(folder, uri, kind=kind)
+    return shards.IndexedShards.open(uri, kind=kind)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pictures")
+    about = [json.dumps({"captions": [f"first {i}", f"second {i}"], "value": 20 * i + 20}).encode() for i in range(N)]
+    made = [
+        shards.Sample(key=f"{i:09d}", members={"png": png(20 * i + 20), "txt": b"x", "json": about[i]})
+        for i in range(N)
+    ]
+    return publish(root / "built", root / "set", made, "dataset")
+
+
+def latent_sample(i: int, encoders: tuple[str, ...] = ("clip",)) -> shards.Sample:
+    captions = 1 + i % 3
+    tensors = {
+        "mean": torch.full((4, 2, 2), float(i), dtype=torch.bfloat16),
+        "logvar": torch.full((4, 2, 2), -float(i)),
+    }
+    for encoder in encoders:
+        tensors[f"text.{encoder}.tokens"] = torch.arange(captions)[:, None, None].expand(captions, 3, 5) + 10.0 * i
+        tensors[f"text.{encoder}.mask"] = torch.ones(captions, 3, dtype=torch.uint8)
+        tensors[f"text.{encoder}.pooled"] = torch.arange(captions)[:, None].expand(captions, 5) + 10.0 * i
+    data = safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()})
+    return shards.Sample(key=f"{i:09d}_0", members={"latent.safetensors": data, "json": b"{}"})
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    root = tmp_path_factory.mktemp("latents")
+    return publish(root / "built", root / "set", [latent_sample(i) for i in range(N)], "latents")
+
+
+def picture_run(data, *, workers=0, world=1, rank=0, first=0, last=6, **options):
+    options = {"size": 16, "flip": True} | options
+    order = Order(data.count, 3, B)
+    return list(
+        pipeline.picture_batches(
+            data, order, rank=rank, world=world, first_step=first, last_step=last, workers=workers, **options
+        )
+    )
+
+
+def test_batches_follow_the_order_and_hold_the_right_pixels(pictures):
+    order = Order(N, 3, B)
+    batches = picture_run(pictures, flip=False)
+    assert [batch.ids for batch in batches] == [order.step(k) for k in range(6)]
+    for batch in batches:
+        assert batch.x_BCHW.shape == (B, 3, 16, 16)
+        assert batch.x_BCHW.dtype == torch.float32
+        for x, i in zip(batch.x_BCHW, batch.ids, strict=True):
+            value = json.loads(pictures.read(i.index)["json"])["value"]
+            torch.testing.assert_close(x[:, :, :8], torch.full((3, 16, 8), value / 127.5 - 1))
+            assert (x[:, :, 8:] == -1).all()
+
+
+def test_each_picture_once_an_epoch(pictures):
+    ids = [i for batch in picture_run(pictures, last=5) for i in batch.ids]
+    assert sorted((i.epoch, i.index) for i in ids) == [(e, x) for e in (0, 1) for x in range(N)]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [1, 3])
+def test_loader_workers_change_nothing(pictures, workers):
+    for (one, texts), (other, texts_too) in zip(
+        picture_run(pictures, with_captions=True),
+        picture_run(pictures, workers=workers, with_captions=True),
+        strict=True,
+    ):
+        assert one.ids == other.ids
+        assert torch.equal(one.x_BCHW, other.x_BCHW)
+        assert texts == texts_too
+
+
+def test_ranks_join_to_the_whole_batch_and_a_resumed_run_continues(pictures):
+    whole = picture_run(pictures)
+    halves = [picture_run(pictures, world=2, rank=r) for r in range(2)]
+    for k, batch in enumerate(whole):
+        assert torch.equal(batch.x_BCHW, torch.cat([half[k].x_BCHW for half in halves]))
+    assert torch.equal(picture_run(pictures, first=4)[0].x_BCHW, whole[4].x_BCHW)
+
+
+def test_flips_and_captions_are_drawn_per_sample_and_epoch(pictures):
+    drawn = picture_run(pictures, last=60, with_captions=True)
+    flips = [(x[:, :, 8:] > -1).all().item() for batch, _ in drawn for x in batch.x_BCHW]
+    assert 0.35 < np.mean(flips) < 0.65
+    firsts = [text.startswith("first") for _, texts in drawn for text in texts]
+    assert 0.35 < np.mean(firsts) < 0.65
+    for batch, texts in drawn[:5]:
+        assert [text.split()[1] for text in texts] == [pictures.key(i.index).lstrip("0") or "0" for i in batch.ids]
+
+
+def test_without_an_end_it_never_ends(pictures):
+    order = Order(N, 3, B)
+    batches = pipeline.picture_batches(
+        pictures, order, rank=0, world=1, first_step=1000, last_step=None, size=16, flip=False, workers=2
+    )
+    assert next(batches).ids == order.step(1000)
+    assert next(batches).ids == order.step(1001)
+    batches.close()
+
+
+def latent_run(data, workers=0, **options):
+    order = Order(data.count, 3, B)
+    return list(
+        pipeline.latent_batches(data, order, rank=0, world=1, first_step=0, last_step=6, workers=workers, **options)
+    )
+
+
+def test_latents_and_their_drawn_captions(latents):
+    seen = set()
+    for batch in latent_run(latents):
+        assert batch.mean_BChw.dtype == torch.float32
+        assert batch.text.mask_BL.dtype == torch.bool
+        assert batch.text.tokens_BLD.shape == (B, 3, 5)
+        for row, i in enumerate(batch.ids):
+            number = int(latents.key(i.index).split("_")[0])
+            assert (batch.mean_BChw[row] == number).all()
+            assert (batch.logvar_BChw[row] == -number).all()
+            choice = batch.text.pooled_BD[row, 0].item() - 10 * number
+            assert 0 <= choice <= number % 3
+            assert (batch.text.tokens_BLD[row] == 10 * number + choice).all()
+            seen.add((number % 3, choice))
+    assert {(2, 0), (2, 1), (2, 2)} & seen
+    assert (0, 0) in seen
+
+
+def test_loader_workers_change_no_latent(latents):
+    for one, other in zip(latent_run(latents), latent_run(latents, workers=2), strict=True):
+        assert one.ids == other.ids
+        assert torch.equal(one.mean_BChw, other.mean_BChw)
+        assert torch.equal(one.text.tokens_BLD, other.text.tokens_BLD)
+
+
+def test_two_encoders_need_a_name(tmp_path):
+    made = [latent_sample(i, encoders=("clip", "t5")) for i in range(4)]
+    data = publish(tmp_path / "built", tmp_path / "set", made, "latents")
+    with pytest.raises(DataError, match="clip, t5"):
+        latent_run(data)
+    assert len(latent_run(data, encoder="t5")) == 6
+    with pytest.raises(DataError, match=r"text\.x"):
+        latent_run(data, encoder="x")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damage_is_an_error_that_names_the_sample(tmp_path, workers):
+    made = [shards.Sample(key=f"{i:09d}", members={"png": png(20), "txt": b"x"}) for i in range(N)]
+    data = publish(tmp_path / "built", tmp_path / "set", made, "dataset")
+    entry, offset, _ = data.locate(3)
+    path = tmp_path / "set" / entry.name
+    damaged = bytearray(path.read_bytes())
+    damaged[offset + 520] ^= 4
+    path.write_bytes(damaged)
+    with pytest.raises(DigestMismatch) as caught:
+        picture_run(data, workers=workers)
+    assert f"'{data.key(3)}'" in caught.value.what
+    assert caught.value.where.endswith(entry.name)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_what_does_not_fit_is_refused(pictures, latents):
+    with pytest.raises(ConfigError):
+        picture_run(pictures, world=3)
+    with pytest.raises(DataError, match="no picture"):
+        picture_run(latents)
+    with pytest.raises(DataError, match="no latent"):
+        latent_run(pictures)
+    with pytest.raises(DataError, match="order is of"):
+        next(pipeline.latent_batches(latents, Order(N + 1, 0, B), rank=0, world=1, first_step=0, last_step=1))
+
+
+def test_the_pipeline_can_be_sent_to_a_fresh_process(pictures):
+    source = pipeline.OrderedSource(pictures, Order(N, 3, B), rank=0, world=1, first_step=2, last_step=3)
+    stages = pipeline.raw_pipeline(source)
+    sent = pickle.loads(pickle.dumps(stages))
+    assert [s["__id__"] for s in sent] == [s["__id__"] for s in stages] == Order(N, 3, B).step(2)

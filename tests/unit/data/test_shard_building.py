@@ -1,0 +1,229 @@
+"""Building data sets: what is packed, rejected, refused and committed; once through Ray Data."""
+
+import collections
+import hashlib
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentray.checkpoint import manifest, store
+from latentray.config.build_shards import BuildShards, SourceConfig
+from latentray.data import decode, shard_building, shards, synthetic
+from latentray.errors import AlreadyExists, DataError, DigestMismatch, EnvironmentRefused
+
+
+@pytest.fixture(scope="session")
+def ray_local():
+    """A small Ray cluster in this process."""
+    import ray
+
+    from latentray.data import cluster
+
+    started = not ray.is_initialized()
+    cluster.connect(None)
+    yield
+    if started:
+        ray.shutdown()
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Pack in this process: the graph's one function, without Ray."""
+    calls = []
+
+    def run(plans, address):
+        calls.append(address)
+        for p in plans:
+            row = {"plan": json.dumps(shard_building.dataclasses.asdict(p))}
+            values = json.loads(shard_building._pack_row(row)["packed"])
+            result = shards.ShardResult.from_dict(values["result"]) if values["result"] else None
+            yield shard_building.Packed(split=values["split"], result=result, rejected=values["rejected"])
+
+    monkeypatch.setattr(shard_building, "_run", run)
+    return calls
+
+
+def picture(seed: int, kind: str = "PNG") -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (8, 12, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """20 good pictures, one without a caption, one damaged, one bomb, one that is a GIF in disguise."""
+    root = tmp_path / "pictures"
+    root.mkdir()
+    for i in range(20):
+        (root / f"{i:02d}.png").write_bytes(picture(i))
+        (root / f"{i:02d}.txt").write_text(f"first {i}\nsecond {i}\n")
+    (root / "x_alone.png").write_bytes(picture(90))
+    for name, data in (
+        ("x_cut.png", picture(91)[:100]),
+        ("x_large.png", picture(92)),
+        ("x_gif.png", picture(93, "GIF")),
+        ("y_jpeg.png", picture(94, "JPEG")),
+    ):
+        (root / name).write_bytes(data)
+        (root / name).with_suffix(".txt").write_text("c")
+    buffer = io.BytesIO()
+    Image.new("1", (4000, 3000)).save(buffer, "PNG")  # some 1.5 kB of file
+    (root / "x_large.png").write_bytes(buffer.getvalue())
+    return root
+
+
+def config(folder, tmp_path, **options) -> BuildShards:
+    options = {
+        "max_bad_fraction": 0.5,
+        "validation_fraction": 0.2,
+        "samples_per_shard": 6,
+        "max_pixels": 10**6,
+    } | options
+    return BuildShards(source=SourceConfig(name="folder", path=str(folder)), out=str(tmp_path / "out"), **options)
+
+
+def test_shapes_through_ray(ray_local, tmp_path, capsys):
+    out = tmp_path / "out"
+    uris = shard_building.build(
+        BuildShards(source=SourceConfig(n=60, n_validation=54), out=str(out), samples_per_shard=32, seed=5)
+    )
+    assert uris == [str(out / "train"), str(out / "validation")]
+    train, validation = (shards.IndexedShards.open(uri) for uri in uris)
+    assert (train.count, validation.count) == (60, 54)
+    assert [entry.count for entry in train.shards] == [32, 28]
+    for opened in (train, validation):
+        opened.verify()
+    raw = train.read(40)
+    about = json.loads(raw["json"])
+    np.testing.assert_array_equal(
+        decode.decode(raw["png"]), synthetic.draw(synthetic.kind_of("train", 40), 5, 40, split="train")
+    )
+    assert about["captions"] == [raw["txt"].decode()] == [synthetic.caption(synthetic.kind_of("train", 40))]
+    assert train.column("sha256")[40].as_py() == hashlib.sha256(raw["png"]).hexdigest() == about["sha256"]
+    assert train.manifest.meta["unseen"] == [synthetic.caption(kind) for kind in synthetic.UNSEEN]
+    texts = {train.read(x)["txt"].decode() for x in range(60)}
+    assert texts.isdisjoint(train.manifest.meta["unseen"])
+    assert len(texts) == 51
+    assert f"python -m jobs.train stage=autoencoder data={out}" in capsys.readouterr().out
+
+
+def test_rejects_are_counted_and_listed_and_the_rest_goes_on(folder, tmp_path, in_process):
+    uris = shard_building.build(config(folder, tmp_path))
+    opened = [shards.IndexedShards.open(uri) for uri in uris]
+    assert sum(o.count for o in opened) == 21
+    reasons = collections.Counter()
+    for o, uri in zip(opened, uris, strict=True):
+        reasons.update(o.manifest.meta["rejected"])
+        listed = [json.loads(line) for line in Path(uri, shard_building.REJECTED).read_text().splitlines()]
+        assert collections.Counter(r["reason"] for r in listed) == o.manifest.meta["rejected"]
+        assert o.manifest.meta["samples"] + len(listed) == o.manifest.meta["planned"]
+    assert reasons == {"missing_caption": 1, "unreadable": 1, "too_many_pixels": 1, "format": 1}
+    raw = [o.read(x) for o in opened for x in range(o.count)]
+    by_source = {json.loads(sample["json"])["source"]: sample for sample in raw}
+    assert json.loads(by_source["03.png"]["json"])["captions"] == ["first 3", "second 3"]
+    assert by_source["03.png"]["png"] == (folder / "03.png").read_bytes()
+    assert by_source["y_jpeg.png"]["jpg"] == (folder / "y_jpeg.png").read_bytes()
+    assert opened[0].column("width").to_pylist() == [12] * opened[0].count
+
+
+def test_the_same_input_gives_the_same_digests(folder, tmp_path, in_process):
+    first = shard_building.build(config(folder, tmp_path))
+    (tmp_path / "out").rename(tmp_path / "before")
+    again = shard_building.build(config(folder, tmp_path))
+    digests = [manifest.read(str(tmp_path / "before" / uri.rsplit("/", 1)[1])).digest for uri in first]
+    assert digests == [manifest.read(uri).digest for uri in again]
+
+
+def test_too_many_rejects_commit_nothing(folder, tmp_path, in_process):
+    with pytest.raises(DataError, match="4 of 25") as caught:
+        shard_building.build(config(folder, tmp_path, max_bad_fraction=0.1))
+    assert "missing_caption: 1" in caught.value.what
+    assert "max_bad_fraction" in caught.value.mend
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_crash_leaves_nothing(folder, tmp_path, in_process, monkeypatch):
+    monkeypatch.setattr(shard_building.shards, "write_index", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        shard_building.build(config(folder, tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_refused_before_any_work(folder, tmp_path, in_process, monkeypatch):
+    (tmp_path / "out" / "train").mkdir(parents=True)
+    manifest.seal(tmp_path / "out" / "train", {}, kind="dataset")
+    with pytest.raises(AlreadyExists):
+        shard_building.build(config(folder, tmp_path))
+    (tmp_path / "out" / "train" / manifest.NAME).unlink()
+    full = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    with pytest.raises(EnvironmentRefused, match="too full"):
+        shard_building.build(config(folder, tmp_path))
+    assert in_process == []
+
+
+def test_the_split_is_stable_and_never_empty():
+    many = [{"name": f"{i}.png"} for i in range(2000)]
+    parts = shard_building.split_entries(many, 0.1, 0)
+    assert 150 < len(parts["validation"]) < 250
+    fewer = shard_building.split_entries(many[:1000], 0.1, 0)
+    assert [e for e in parts["validation"] if e in many[:1000]] == fewer["validation"]
+    assert shard_building.split_entries(many, 0.1, 1) != parts
+    for fraction in (0.0001, 0.999):
+        two = shard_building.split_entries(many[:2], fraction, 0)
+        assert {name: len(part) for name, part in two.items()} == {"train": 1, "validation": 1}
+    assert list(shard_building.split_entries(many, 0.0, 0)) == ["train"]
+    assert list(shard_building.split_entries(many[:1], 0.5, 0)) == ["train"]
+
+
+@pytest.fixture
+def bucket(monkeypatch, tmp_path):
+    """A bucket of an S3 server in this process, and an empty cache for what is fetched from it."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in (
+        ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
+        ("AWS_ACCESS_KEY_ID", "test"),
+        ("AWS_SECRET_ACCESS_KEY", "test"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+        ("AWS_EC2_METADATA_DISABLED", "true"),
+        ("LATENTRAY_CACHE", str(tmp_path / "cache")),
+    ):
+        monkeypatch.setenv(name, value)
+    boto3.client("s3").create_bucket(Bucket="pictures")
+    yield "s3://pictures"
+    server.stop()
+
+
+def test_from_s3_to_s3_and_damage_there_is_refused(folder, bucket, tmp_path, in_process):
+    for path in folder.glob("0*"):
+        store.upload(path, f"{bucket}/in/{path.name}")
+    remote = BuildShards(
+        source=SourceConfig(name="folder", path=f"{bucket}/in"), out=f"{bucket}/out", validation_fraction=0.0
+    )
+    (uri,) = shard_building.build(remote)
+    assert uri == f"{bucket}/out/train"
+    opened = shards.IndexedShards.open(uri)
+    opened.verify()
+    assert opened.read(3)["png"] == (folder / "03.png").read_bytes()
+    shutil.rmtree(tmp_path / "cache")
+    damaged = bytearray(store.read_bytes(f"{uri}/00000.tar"))
+    damaged[700] ^= 1
+    store.write_bytes(f"{uri}/00000.tar", bytes(damaged))
+    fresh = shards.IndexedShards.open(uri)
+    with pytest.raises(DigestMismatch) as caught:
+        fresh.read(9)
+    assert caught.value.where.endswith("00000.tar")
+    store.write_bytes(f"{uri}/00000.tar", bytes(damaged[:-1]))
+    with pytest.raises(DigestMismatch, match="bytes"):
+        fresh.verify()

@@ -1,0 +1,71 @@
+"""Attention: our explicit products, torch's fused kernel and the formula agree."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from latentray.errors import ConfigError
+from latentray.models import attention
+
+
+@pytest.mark.parametrize("length", [7, 300])  # below and above the bound between the two paths
+@pytest.mark.parametrize("grad", [True, False])
+def test_both_paths_equal_the_fused_kernel(length, grad, monkeypatch):
+    q, k, v = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (length, 5, 5))
+    expected = F.scaled_dot_product_attention(q, k, v)
+    fused = []
+    real = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a: fused.append(1) or real(*a))
+    with torch.set_grad_enabled(grad):
+        got = attention.attend(q, k, v)
+    assert bool(fused) == (length == 300 or not grad)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    if grad:
+        weight = torch.randn_like(expected)
+        ours = torch.autograd.grad((got * weight).sum(), (q, k, v))
+        theirs = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("context_width", [None, 12])
+def test_multi_head_attention_equals_torch(context_width):
+    ours = attention.Attention(16, heads=4, context_width=context_width, bias=True)
+    theirs = nn.MultiheadAttention(16, 4, kdim=context_width, vdim=context_width, batch_first=True)
+    x = torch.randn(2, 6, 16)
+    context = x if context_width is None else torch.randn(2, 3, context_width)
+    with torch.no_grad():
+        if context_width is None:
+            theirs.in_proj_weight.copy_(torch.cat([ours.to_q.weight, ours.to_k.weight, ours.to_v.weight]))
+        else:
+            for name in "qkv":
+                getattr(theirs, f"{name}_proj_weight").copy_(getattr(ours, f"to_{name}").weight)
+        theirs.in_proj_bias.copy_(torch.cat([ours.to_q.bias, ours.to_k.bias, ours.to_v.bias]))
+        theirs.out_proj.load_state_dict(ours.to_out.state_dict())
+    expected, _ = theirs(x, context, context)
+    torch.testing.assert_close(ours(x, None if context_width is None else context), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_order_of_context_tokens_does_not_matter():
+    block = attention.TransformerBlock(16, heads=2, context_width=8)
+    x, context = torch.randn(1, 4, 16), torch.randn(1, 6, 8)
+    torch.testing.assert_close(block(x, context), block(x, context.flip(1)), rtol=1e-5, atol=1e-5)
+
+
+def test_linear_and_convolutional_projections_are_the_same_mathematics():
+    settings = dict(heads=2, depth=1, context_width=8, groups=4)
+    convolution = attention.SpatialTransformer(16, **settings, linear_projection=False)
+    linear = attention.SpatialTransformer(16, **settings, linear_projection=True)
+    state = {
+        name: value.squeeze(-1).squeeze(-1) if name in ("proj_in.weight", "proj_out.weight") else value
+        for name, value in convolution.state_dict().items()
+    }
+    linear.load_state_dict(state)
+    x, context = torch.randn(2, 16, 4, 6), torch.randn(2, 3, 8)
+    torch.testing.assert_close(linear(x, context), convolution(x, context), rtol=1e-5, atol=1e-5)
+
+
+def test_heads_that_do_not_divide_are_refused():
+    with pytest.raises(ConfigError, match="10 channels do not divide into 4 heads"):
+        attention.Attention(10, heads=4)
