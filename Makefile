@@ -14,15 +14,17 @@ CODE := platform jobs serving tests
 # DeepSpeed compiles no kernels here, and tests and small CPU runs want one thread per process.
 export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# The quickstart's report counts from here, installation included.
+export LATENTRAY_MAKE_STARTED := $(shell date +%s.%N)
 # --no-compile: byte code is made where it is imported, which most of the installed files never are.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile --prefer-binary --constraint constraints.txt
 
-QUICKSTART_OVERRIDES = $(if $(SCALE),scale=$(SCALE)) $(if $(PORT),serve.port=$(PORT)) $(if $(filter 1 true yes,$(KEEP_SERVING)),keep_serving=true)
+QUICKSTART_OVERRIDES = $(if $(SCALE),scale=$(SCALE)) $(if $(OUT),out=$(OUT)) $(if $(PORT),serve.port=$(PORT)) $(if $(filter 1 true yes,$(KEEP_SERVING)),keep_serving=true)
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-quickstart: $(VENV)/.installed ## raw pictures to a served model, about ten minutes (SCALE=mini, PORT=8000, KEEP_SERVING=1)
+quickstart: $(VENV)/.installed ## raw pictures to a served model, about ten minutes (SCALE=mini, PORT=8000, KEEP_SERVING=1, OUT=folder)
 	$(BIN)/python -m jobs.quickstart $(QUICKSTART_OVERRIDES)
 
 test: lint ## lint, then every test that is quick and needs no GPU

@@ -15,6 +15,7 @@ from latentray.config.build_shards import BuildShards
 from latentray.config.evaluate import Evaluate
 from latentray.config.precompute_latents import PrecomputeLatents
 from latentray.config.promote import PromoteConfig, ReleasesConfig, RollbackConfig
+from latentray.config.quickstart import Quickstart
 from latentray.config.serve import ServeConfig
 from latentray.config.submit import SubmitConfig
 from latentray.config.train import Train
@@ -28,6 +29,7 @@ PRIMARY = {
     "evaluate": (Evaluate, ["model=m", "data=d", "out=o"]),
     "precompute_latents": (PrecomputeLatents, ["data=d", "autoencoder_from=a", "out=o"]),
     "promote": (PromoteConfig, ["model=m", "report=r"]),
+    "quickstart": (Quickstart, []),
     "releases": (ReleasesConfig, []),
     "rollback": (RollbackConfig, []),
     "serve": (ServeConfig, ["allow_anonymous=true"]),
@@ -41,9 +43,11 @@ GROUPS = {
     "cluster": "train",
     "deepspeed": "train",
     "denoiser": "train",
+    "experiment": "train",
     "gates": "promote",
     "objective": "train",
     "optimizer": "train",
+    "scale": "quickstart",
     "source": "build_shards",
     "stage": "train",
     "text_encoder": "precompute_latents",
@@ -51,7 +55,11 @@ GROUPS = {
 }
 """Group -> the primary configuration that takes it."""
 
-NEEDS = {("source", "folder"): ["path=p"], ("source", "table"): ["path=p"]}
+NEEDS = {
+    ("source", "folder"): ["path=p"],
+    ("source", "table"): ["path=p"],
+    ("deepspeed", "zero0"): ["precision=autocast"],
+}
 """What a member of a group needs besides."""
 
 MEMBERS = [(group, name) for group, names in compose.groups().items() for name in names]
@@ -103,7 +111,12 @@ def test_every_denoiser_builds(name):
         net = build.denoiser(config)
     size = 2 ** len(config.channels)
     x, context = torch.empty(1, config.in_channels, size, size), torch.empty(1, 5, config.context_width or 1)
-    assert net(x.to("meta"), torch.empty(1, device="meta"), context.to("meta")).shape == (1, config.out_channels, size, size)
+    assert net(x.to("meta"), torch.empty(1, device="meta"), context.to("meta")).shape == (
+        1,
+        config.out_channels,
+        size,
+        size,
+    )
 
 
 @pytest.mark.parametrize("name", compose.groups()["objective"])
@@ -158,7 +171,11 @@ def test_a_wrong_type_says_what_the_key_takes(override, where, takes):
 
 @pytest.mark.parametrize(
     ("override", "hint"),
-    [("denoiser=unet_shape", "denoiser=unet_shapes"), ("stage=autoencodr", "stage=autoencoder"), ("cluster=slurm", "Known: none, ray")],
+    [
+        ("denoiser=unet_shape", "denoiser=unet_shapes"),
+        ("stage=autoencodr", "stage=autoencoder"),
+        ("cluster=slurm", "Known: none, ray"),
+    ],
 )
 def test_an_unknown_member_of_a_group_names_those_there_are(override, hint):
     error = refused("train", override)
@@ -186,6 +203,8 @@ def test_an_unknown_stage_is_refused():
         ("train", ["autoencoder.channels=[100]"], "autoencoder.channels"),
         ("train", ["denoiser.depth=[1]"], "denoiser.depth"),
         ("train", ["denoiser.head_dim=64"], "denoiser.heads"),
+        ("train", ["stage=autoencoder", "stage.lpips.net=resnet"], "stage.lpips.net"),
+        ("train", ["stage=autoencoder", "stage.discriminator.channels=4"], "stage.discriminator.channels"),
         ("train", ["tracking.mode=sometimes"], "tracking.mode"),
         ("precompute_latents", ["data=null"], "data"),
         ("build_shards", ["source=folder"], "path"),

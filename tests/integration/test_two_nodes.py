@@ -142,6 +142,11 @@ def test_the_whole_pipeline_runs_on_two_nodes_that_share_no_disk(two_nodes, moto
     check_lineage(found)
     check_training(found)
     check_reply(found)
+
+    # Each machine fetched the shards it needed itself, and cleared up after itself.
+    for name in ("a", "b"):
+        assert list((base / name / "cache").rglob("*.tar")), name
+    assert not list(base.glob("*/tmp/latentray-*")) and not list(base.glob("*/cache/*/.partial-*"))
     assert all(p.name in {"a", "b", "driver", "record.jsonl", "ray"} for p in base.iterdir())
 
 
@@ -155,27 +160,38 @@ def check_lineage(found: dict[str, Any]) -> None:
     assert sorted(n for n in latents.files if n.endswith(".tar")) == [f"{n:05d}.tar" for n in range(4)]
     assert autoencoder.inputs == {"dataset": data.digest}
     assert latents.inputs["dataset"] == data.digest and latents.inputs["autoencoder"] == autoencoder.digest
+    assert latents.inputs["text_encoder"] == model.inputs["text_encoder"] == manifest.read(at["text"]).digest
     assert model.inputs["latents"] == latents.digest and model.inputs["autoencoder"] == autoencoder.digest
     assert release.inputs["model"] == model.digest and release.inputs["latents"] == latents.digest
     assert versions.read_alias(at["registry"], "production").release == found["release"]
 
 
 def check_training(found: dict[str, Any]) -> None:
-    """Both runs logged every step, left a verified checkpoint, and none of Ray's own files."""
-    for run, samples in (("ae", 60), ("diffusion", 72)):
+    """Both runs logged every step once, left verified checkpoints and none of Ray's own files; the second continued
+    from its checkpoint after both its workers were killed, with the metrics of the dead attempt."""
+    assert len(found["killed"]) == 2 and all(k["metrics"] for k in found["killed"])
+    for run, samples, every in (("ae", 60, 3), ("diffusion", 720, 10)):
         out = found["at"][run]
-        lines = [json.loads(line) for line in store.read_bytes(f"{out}/metrics.jsonl").decode().splitlines()]
-        losses = {line["samples"]: line["train/loss"] for line in lines if "train/loss" in line}
-        assert list(losses) == list(range(12, samples + 1, 12))
+        logs = [line["samples"] for line in logged(out) if "train/loss" in line]
+        assert logs == list(range(12, samples + 1, 12)), run
         assert manifest.read(out, kind="run").meta["run"] == run
-        names = store.list_folders(f"{out}/checkpoints")
-        assert names and names[0].startswith("000000003-")
-        for name in names:
-            manifest.fetch_all(f"{out}/checkpoints/{name}", kind="checkpoint")
+        attempts: dict[str, list[int]] = {}
+        for name in store.list_folders(f"{out}/checkpoints"):
+            step, attempt = name.split("-")
+            if manifest.find(f"{out}/checkpoints/{name}") is not None:
+                manifest.fetch_all(f"{out}/checkpoints/{name}", kind="checkpoint")
+                attempts.setdefault(attempt, []).append(int(step))
+        assert [n for steps in attempts.values() for n in steps] == list(range(every, samples // 12 + 1, every)), run
+        assert len(attempts) == (2 if run == "diffusion" else 1)
         assert "ray" not in store.list_folders(out)
-    lines = [json.loads(line) for line in store.read_bytes(f"{found['at']['ae']}/metrics.jsonl").decode().splitlines()]
+    lines = logged(found["at"]["ae"])
     assert [line["samples"] for line in lines if "discriminator/loss" in line] == [60]
     assert [line["samples"] for line in lines if "autoencoder/lpips" in line] == [48, 60]
+    assert "pictures" in store.list_folders(found["at"]["ae"])
+
+
+def logged(out: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in store.read_bytes(f"{out}/metrics.jsonl").decode().splitlines()]
 
 
 def check_reply(found: dict[str, Any]) -> None:

@@ -7,9 +7,7 @@ import pytest
 from latentray import errors
 from latentray.errors import LatentrayError, RequestRefused, SampleRejected
 
-ALL = [
-    kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, LatentrayError)
-]
+ALL = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, LatentrayError)]
 
 
 def make(kind: type[LatentrayError]) -> LatentrayError:
@@ -39,7 +37,10 @@ def test_the_extra_fields_travel():
 
 
 def test_the_message_leaves_out_what_is_not_known():
-    assert str(LatentrayError("It broke.", where="a.txt", mend="Mend it.")) == "It broke.\n  where: a.txt\n  mend:  Mend it."
+    assert (
+        str(LatentrayError("It broke.", where="a.txt", mend="Mend it."))
+        == "It broke.\n  where: a.txt\n  mend:  Mend it."
+    )
     assert str(LatentrayError("It broke.")) == "It broke."
 
 

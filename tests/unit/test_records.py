@@ -16,7 +16,9 @@ def embedding() -> TextEmbedding:
     )
 
 
-@pytest.mark.parametrize("arguments", [(torch.bfloat16,), ("cpu", torch.bfloat16), (torch.device("cpu"), torch.bfloat16)])
+@pytest.mark.parametrize(
+    "arguments", [(torch.bfloat16,), ("cpu", torch.bfloat16), (torch.device("cpu"), torch.bfloat16)]
+)
 def test_a_cast_leaves_the_mask_boolean(arguments):
     cast = embedding().to(*arguments)
     assert cast.tokens_BLD.dtype == cast.pooled_BD.dtype == torch.bfloat16

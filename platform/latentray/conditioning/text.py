@@ -33,6 +33,8 @@ class TextEncoder:
     name: str
     fingerprint: str
     """sha256 over weights, architecture and tokenizer: part of the key of every latent store."""
+    digest: str
+    """Of its manifest where it is an artifact, else its fingerprint: what lineage records."""
     folder: Path
     """A local folder with the FILES."""
 
@@ -84,7 +86,12 @@ def load(source: str, *, name: str = "clip", device: torch.device | str = "cpu")
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = CLIPTextModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
     model = model.eval().requires_grad_(False).to(device)
-    return TextEncoder(model=model, tokenizer=tokenizer, name=name, fingerprint=fingerprint_of(folder), folder=folder)
+    fingerprint = fingerprint_of(folder)
+    listing = manifest.find(source) if store.exists(store.join(source, manifest.NAME)) else None
+    digest = listing.digest if listing else fingerprint
+    return TextEncoder(
+        model=model, tokenizer=tokenizer, name=name, fingerprint=fingerprint, digest=digest, folder=folder
+    )
 
 
 def fingerprint_of(folder: Path) -> str:
@@ -94,9 +101,9 @@ def fingerprint_of(folder: Path) -> str:
 
 def _local_folder(source: str) -> Path:
     if store.exists(store.join(source, manifest.NAME)):
-        _, files = manifest.fetch_all(source)
+        found, files = manifest.fetch_all(source)
         folders = {p.parent for p in files.values()}
-        return folders.pop() if len(folders) == 1 else _gathered(files)
+        return folders.pop() if len(folders) == 1 else _gathered(files, found)
     if not store.is_remote(source) and store.local_path(source).is_dir():
         return store.local_path(source)
     if source.count("/") > 1 or source.startswith((".", "/")) or store.is_remote(source):
@@ -119,12 +126,25 @@ def _local_folder(source: str) -> Path:
         ) from None
 
 
-def _gathered(files: dict[str, Path]) -> Path:
-    """transformers reads one folder; cached files of a remote artifact lie in one each."""
-    folder = Path(tempfile.mkdtemp(prefix="latentray-text-encoder-"))
-    for name, path in files.items():
-        shutil.copyfile(path, folder / name)
-    return folder
+def _gathered(files: dict[str, Path], found: manifest.Manifest) -> Path:
+    """transformers reads one folder, and cached files of a remote artifact lie in one each: gather them once per node."""
+    target = store.cache_dir() / "text_encoders" / found.digest
+    if target.is_dir():
+        if all((target / n).is_file() and store.sha256_of(target / n) == e.sha256 for n, e in found.files.items()):
+            return target
+        shutil.rmtree(target, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
+    try:
+        for name, path in files.items():
+            shutil.copyfile(path, partial / name)
+        partial.rename(target)
+    except OSError:
+        if not target.is_dir():  # else another process of this node was faster
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
 
 
 class _offline:

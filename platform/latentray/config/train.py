@@ -17,6 +17,7 @@ STAGES = ("autoencoder", "diffusion")
 PRECISIONS = ("fp32", "bf16", "autocast")
 LATENTS = ("mean", "draw")
 RECONSTRUCTIONS = ("l1", "l2")
+LPIPS_NETS = ("vgg", "alex")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -34,6 +35,14 @@ class LpipsConfig:
     start_samples: int = 0
     """The term counts from this many samples on."""
 
+    def __post_init__(self) -> None:
+        if self.net not in LPIPS_NETS:
+            raise ConfigError(
+                f"There is no LPIPS net {self.net!r}.",
+                where="stage.lpips.net",
+                mend=f"Known: {', '.join(LPIPS_NETS)}.",
+            )
+
 
 @dataclasses.dataclass(kw_only=True)
 class DiscriminatorConfig:
@@ -49,6 +58,14 @@ class DiscriminatorConfig:
     """Its learning rate; null takes the autoencoder's."""
     max_adaptive_weight: float = 1e4
     """The adaptive weight is clamped to this."""
+
+    def __post_init__(self) -> None:
+        if self.channels < 8 or self.channels % 8 or self.layers < 1:
+            raise ConfigError(
+                f"{self.channels} channels in {self.layers} layers do not divide into its 16 groups.",
+                where="stage.discriminator.channels",
+                mend="Choose a multiple of 8, and at least one layer.",
+            )
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -99,7 +99,7 @@ def precompute(config: PrecomputeLatents) -> list[str]:
             flip_variants=config.flip_variants,
             device=config.device,
         )
-        _encode_split(config, plan, one, described, encoder.embed([""]))
+        _encode_split(config, plan, one, described, encoder.embed([""]), encoder.digest)
     print(f"Latents: {out} (key {key[:12]})")
     print(f"Next: python -m jobs.train stage=diffusion latents={out}", flush=True)
     return [store.join(out, name) for name in splits]
@@ -246,6 +246,7 @@ def _encode_split(
     source: shards.IndexedShards,
     described: latents.LatentStore,
     empty: TextEmbedding,
+    text_digest: str,
 ) -> None:
     results = [
         shards.ShardResult.from_dict(values) for values in _with_progress(_run(config, plan, source), source, plan)
@@ -263,7 +264,7 @@ def _encode_split(
     inputs = {
         "dataset": source.manifest.digest,
         "autoencoder": manifest.read(plan.autoencoder).digest,
-        "text_encoder": described.text_fingerprint,
+        "text_encoder": text_digest,
     }
     meta = latents.meta_of(described) | {"samples": sum(r.entry.count for r in results)}
     manifest.seal(plan.out, files, kind=latents.KIND, inputs=inputs, config=compose.to_dict(config), meta=meta)

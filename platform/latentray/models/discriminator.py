@@ -8,6 +8,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from latentray.models.layers import group_norm
+
 
 class PatchDiscriminator(nn.Module):
     """(B,3,H,W) in [-1,1] -> (B,1,h,w) logits, one per receptive field.
@@ -26,7 +28,7 @@ class PatchDiscriminator(nn.Module):
             stride = 2 if layer < layers else 1
             stack += [
                 nn.Conv2d(width, out, 4, stride=stride, padding=1, bias=False),
-                nn.GroupNorm(16, out),
+                group_norm(out, 16, eps=1e-5),
                 nn.LeakyReLU(0.2),
             ]
             width = out

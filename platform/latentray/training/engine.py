@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ class Engine:
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)  # DeepSpeed's own
         # Its shared-memory collective is C++ that would be compiled at the first start, for one node only; gloo does it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.config, self.device = config, device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from latentray.data.latents import LatentStore
 from latentray.data.shards import IndexedShards
 from latentray.evaluation import autoencoders, feature_networks
 from latentray.inference import model_folder
+from latentray.inference.sampling import SamplingRequest, TextToImage
 from latentray.models.autoencoder import KLAutoencoder, LatentScale
 from latentray.models.perceptual import Perceptual
 from latentray.reporting import pictures
@@ -28,6 +30,7 @@ from latentray.training.state import Worker
 _SCALE_SAMPLES = 2048
 _VALIDATION_SAMPLES = 2048
 _GRID = 24
+_SAMPLES = 12
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,7 +134,7 @@ def model(
     defaults = model_folder.SamplingDefaults(
         sampler=config.stage.sampler, steps=config.stage.sampling_steps, guidance_scale=config.stage.guidance_scale
     )
-    lineage = dict(inputs) | {"autoencoder": artifact.digest, "text_encoder": encoder.fingerprint}
+    lineage = dict(inputs) | {"autoencoder": artifact.digest, "text_encoder": encoder.digest}
     meta = {"run": worker.run, "samples": config.steps * config.global_batch_size, **facts}
     uri = store.join(worker.out, "model")
     with store.staging() as folder:
@@ -150,4 +153,36 @@ def model(
         listing = manifest.publish(
             folder, uri, kind="model", inputs=lineage, config=compose.to_dict(config), meta=meta, replace=True
         )
-    return Exported(kind="model", uri=uri, digest=listing.digest, inputs=lineage, metrics={}, pictures={}, meta=meta)
+    grid = sample_grid(uri, latents, str(worker.device))
+    return Exported(
+        kind="model",
+        uri=uri,
+        digest=listing.digest,
+        inputs=lineage,
+        metrics={},
+        pictures={names.PICTURES_SAMPLES: grid},
+        meta=meta,
+    )
+
+
+def sample_grid(model_uri: str, latents: LatentStore, device: str) -> np.ndarray:
+    """Pictures drawn from captions of the training set, as one grid, uint8 (H, W, 3)."""
+    sampler = TextToImage.load(model_uri, device=device)
+    shards = IndexedShards.open(latents.uri, kind="latents")
+    about = [json.loads(shards.read(x)["json"]) for x in autoencoders.spread(shards.count, 8 * _SAMPLES)]
+    captions = sorted({one["captions"][0] for one in about})
+    captions = [captions[i] for i in autoencoders.spread(len(captions), _SAMPLES)]
+    requests = [
+        SamplingRequest(
+            prompt=caption,
+            steps=sampler.defaults.steps,
+            guidance_scale=sampler.defaults.guidance_scale,
+            seed=number,
+            sampler=sampler.defaults.sampler,
+            height=sampler.size,
+            width=sampler.size,
+        )
+        for number, caption in enumerate(captions)
+    ]
+    drawn = [picture.pixels_HWC for picture in sampler.sample(requests)]
+    return np.asarray(pictures.grid(drawn, columns=6, captions=captions, scale=2 if sampler.size <= 128 else 1))

@@ -70,6 +70,7 @@ def run(worker: Worker, *, on_checkpoint: Callable[[str, int], None] = lambda ur
     progress = Progress(total, config.stage.name, start_samples=first * batch_size) if worker.leads else None
 
     def save(step: int) -> None:
+        telemetry.upload()  # before the checkpoint: a run that continues from it finds every line up to it
         cursor = stage.order.cursor(step, stage.shards.digest).to_dict()
         uri = checkpoint.save(
             worker,
@@ -113,7 +114,6 @@ def run(worker: Worker, *, on_checkpoint: Callable[[str, int], None] = lambda ur
         exported = stage.finish(ema)
         if exported is not None:
             telemetry.exported(exported, samples=total)
-        dist.barrier()
     finally:
         telemetry.close()
         for engine in stage.engines.values():

@@ -143,7 +143,8 @@ class AutoencoderStage:
             last_layer_gradient(g, features, patch, self.last_shape) for g in (grad_reconstruction, grad_adversarial)
         ]
         for gradient in at_last:
-            dist.all_reduce(gradient)  # the norm of the sum, else the weight would depend on the world size
+            dist.all_reduce(gradient)  # the norm of the mean, else the weight would depend on the world size
+            gradient.div_(self.worker.world)
         weight = adaptive_weight(*at_last, limit=self.stage.discriminator.max_adaptive_weight)
         metrics[names.AUTOENCODER_ADVERSARIAL] = value
         metrics[names.AUTOENCODER_ADAPTIVE_WEIGHT] = weight

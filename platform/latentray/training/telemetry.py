@@ -90,11 +90,19 @@ class Telemetry:
             exported.meta,
         )
 
+    def upload(self) -> None:
+        """Bring what the tracker wrote to a remote run's folder: the worker that resumes may be on another node."""
+        if self._folder is None or not store.is_remote(self.worker.out):
+            return
+        for path in sorted(self._folder.rglob("*")):
+            name = path.relative_to(self._folder).as_posix()
+            if path.is_file() and not name.startswith("wandb/"):  # `wandb sync` reads its own folder on this node
+                store.upload(path, store.join(self.worker.out, name))
+
     def close(self) -> None:
         if self.tracker is None:
             return
         self.tracker.finish()
         if self.tracker.sync_command:
             print(f"W&B was offline; upload the run later with: {self.tracker.sync_command}", flush=True)
-        if store.is_remote(self.worker.out) and self._folder is not None:
-            store.upload(self._folder / METRICS, store.join(self.worker.out, METRICS))
+        self.upload()

@@ -7,18 +7,23 @@ Its last line is JSON: what the controls saw, the URI of each artifact, the rele
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import sys
+import threading
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from latentray.checkpoint import store
 from latentray.config import compose
 from latentray.config.build_shards import BuildShards
 from latentray.config.evaluate import Evaluate
@@ -57,10 +62,11 @@ DIFFUSION = [
     "denoiser.head_dim=32",
     "objective=v",
     "deepspeed=zero2",
-    "total_samples=72",
+    "total_samples=720",
     "global_batch_size=12",
     "log_every_samples=12",
-    "checkpoint_every_samples=36",
+    "checkpoint_every_samples=120",
+    "keep_checkpoints=60",
     "ema_half_life_samples=24",
 ]
 SMALL = ["per_kind=1", "per_unseen_kind=1", "samples=54", "heldout_samples=54", "steps=4", "device=cpu"]
@@ -93,7 +99,9 @@ def controls(elsewhere: str) -> dict[str, Any]:
     mine.write_text("made here")
     return {
         "own": ray.get([attempt.options(scheduling_strategy=s).remote(f, "r") for s, f in zip(on, files, strict=True)]),
-        "other": ray.get([attempt.options(scheduling_strategy=s).remote(f, "r") for s, f in zip(on, files[::-1], strict=True)]),
+        "other": ray.get(
+            [attempt.options(scheduling_strategy=s).remote(f, "r") for s, f in zip(on, files[::-1], strict=True)]
+        ),
         "drivers": ray.get([attempt.options(scheduling_strategy=s).remote(str(mine), "r") for s in on]),
         "shared": ray.get([attempt.options(scheduling_strategy=s).remote(elsewhere, "a") for s in on]),
         "driver": [attempt._function(f, "r") for f in files],
@@ -116,7 +124,9 @@ def pipeline(address: str, root: str) -> dict[str, Any]:
         print(f"{job}: {seconds[job]} s", flush=True)
 
     shapes = ["source=shapes", "source.n=102", "source.n_validation=54", "samples_per_shard=27"]
-    shard_building.build(compose.load("build_shards", BuildShards, [*shapes, f"out={at['data']}", f"address={address}"]))
+    shard_building.build(
+        compose.load("build_shards", BuildShards, [*shapes, f"out={at['data']}", f"address={address}"])
+    )
     done("build_shards")
     on_cluster = f"cluster.address={address}"
     stage1 = [*AUTOENCODER, on_cluster, f"data={at['data']}", "run=ae", f"out={at['ae']}"]
@@ -136,7 +146,8 @@ def pipeline(address: str, root: str) -> dict[str, Any]:
     precompute.precompute(compose.load("precompute_latents", PrecomputeLatents, encode))
     done("precompute_latents")
     stage2 = [*DIFFUSION, on_cluster, f"latents={at['latents']}", "run=diffusion", f"out={at['diffusion']}"]
-    model = launch.train(compose.load("train", Train, stage2))
+    with killing_the_workers(at["diffusion"]) as killed:
+        model = launch.train(compose.load("train", Train, stage2))
     done("train stage=diffusion")
     measured = [*SMALL, f"model={model}", f"data={at['data']}", f"out={at['report']}"]
     report = suite.evaluate(compose.load("evaluate", Evaluate, measured))
@@ -147,7 +158,48 @@ def pipeline(address: str, root: str) -> dict[str, Any]:
     reply, models = draw(address, at["registry"])
     done("serve")
     found = {"autoencoder": autoencoder, "model": model, "release": release, "models": models, "reply": reply}
+    found["killed"] = killed
     return {"at": at, "seconds": seconds, **found}
+
+
+@contextlib.contextmanager
+def killing_the_workers(run: str) -> Iterator[list[dict[str, Any]]]:
+    """SIGKILL the training workers of both nodes once a checkpoint is committed; yields what was killed, later."""
+    killed: list[dict[str, Any]] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        workers: list[psutil.Process] = []
+        while not done.wait(0.02):
+            workers = workers if len(workers) == 2 else training_workers()
+            committed = [n for n in store.list_files(f"{run}/checkpoints") if n.endswith("/manifest.json")]
+            if committed and len(workers) == 2:
+                has_metrics = store.exists(f"{run}/metrics.jsonl")
+                for worker in workers:
+                    worker.kill()
+                killed.extend({"pid": w.pid, "checkpoint": committed[-1], "metrics": has_metrics} for w in workers)
+                return
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield killed
+    finally:
+        done.set()
+        watcher.join()
+
+
+def training_workers() -> list[psutil.Process]:
+    """The training workers of this test's nodes: Ray titles them, and the guard's settings name the test's folder."""
+    base = json.loads(os.environ["LATENTRAY_TEST_GUARD"])["base"]
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        with contextlib.suppress(psutil.Error):
+            if not " ".join(process.info["cmdline"] or ()).startswith("ray::RayTrainWorker"):
+                continue
+            if base in process.environ().get("LATENTRAY_TEST_GUARD", ""):
+                found.append(process)
+    return found
 
 
 def draw(address: str, registry: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -158,7 +210,12 @@ def draw(address: str, registry: str) -> tuple[dict[str, Any], dict[str, Any]]:
     settings = [f"registry={registry}", f"port={port}", f"address={address}", "allow_anonymous=true", "device=cpu"]
     endpoint = launch.serve(compose.load("serve", ServeConfig, settings), block=False)
     try:
-        asked = {"prompt": "a red circle on a white background", "seed": 7, "num_inference_steps": 3, "model": "production"}
+        asked = {
+            "prompt": "a red circle on a white background",
+            "seed": 7,
+            "num_inference_steps": 3,
+            "model": "production",
+        }
         request = urllib.request.Request(
             f"{endpoint.base_url}/v1/images/generations",
             data=json.dumps(asked).encode(),

@@ -22,7 +22,9 @@ def folder(tmp_path):
 @pytest.fixture(params=["local", "s3"])
 def uri(request, tmp_path, monkeypatch):
     monkeypatch.setenv("LATENTRAY_CACHE", str(tmp_path / "cache"))
-    return str(tmp_path / "artifact") if request.param == "local" else request.getfixturevalue("moto_s3").uri("artifact")
+    return (
+        str(tmp_path / "artifact") if request.param == "local" else request.getfixturevalue("moto_s3").uri("artifact")
+    )
 
 
 def publish(folder, uri, **kwargs):

@@ -13,7 +13,13 @@ from diffusers import AutoencoderKL  # noqa: E402  (it imports torchvision)
 
 SMALL = AutoencoderConfig(channels=[8, 16, 16], blocks=1, groups=4, latent_channels=3)
 _RES = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "skip": "conv_shortcut"}
-_ATTENTION = {"norm": "group_norm", "attn.to_q": "to_q", "attn.to_k": "to_k", "attn.to_v": "to_v", "attn.to_out": "to_out.0"}
+_ATTENTION = {
+    "norm": "group_norm",
+    "attn.to_q": "to_q",
+    "attn.to_k": "to_k",
+    "attn.to_v": "to_v",
+    "attn.to_out": "to_out.0",
+}
 
 
 def randomised(net: torch.nn.Module) -> torch.nn.Module:
@@ -33,7 +39,9 @@ def names_in_diffusers(config: AutoencoderConfig) -> dict[str, str]:
     names = {"encoder.quant": "quant_conv", "decoder.post_quant": "post_quant_conv"}
     last = len(config.channels) - 1
     for side, blocks, halves in (("encoder", config.blocks, "down"), ("decoder", config.blocks + 1, "up")):
-        names |= {f"{side}.{one}": f"{side}.{one}" for one in ("conv_in", "conv_out")} | {f"{side}.norm_out": f"{side}.conv_norm_out"}
+        names |= {f"{side}.{one}": f"{side}.{one}" for one in ("conv_in", "conv_out")} | {
+            f"{side}.norm_out": f"{side}.conv_norm_out"
+        }
         at = 0
         for level in range(last + 1):
             for block in range(blocks):

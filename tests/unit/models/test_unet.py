@@ -37,7 +37,9 @@ def names_in_diffusers(config: DenoiserConfig) -> dict[str, str]:
 
     def pair(ours: str, theirs: str, at: int, depth: int) -> None:
         names.update({f"{ours}.res.{a}": f"{theirs}.resnets.{at}.{b}" for a, b in _RES.items()})
-        names.update({f"{ours}.transformer.{a}": f"{theirs}.attentions.{at}.{a}" for a in ("norm", "proj_in", "proj_out")})
+        names.update(
+            {f"{ours}.transformer.{a}": f"{theirs}.attentions.{at}.{a}" for a in ("norm", "proj_in", "proj_out")}
+        )
         for k in range(depth):
             prefix = f"{theirs}.attentions.{at}.transformer_blocks.{k}"
             names.update({f"{ours}.transformer.blocks.{k}.{a}": f"{prefix}.{b}" for a, b in _BLOCK.items()})

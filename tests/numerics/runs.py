@@ -1,0 +1,63 @@
+"""The training runs that the tests of this folder compare: several, one after the other, in one process per rank.
+
+    [torchrun --nproc-per-node 2] runs.py <jobs.json> <port>
+
+A job has `overrides`, and `die_at`: the process ends, as if killed, once the checkpoint of that step is written.
+Beside each result it leaves `raw.safetensors`, the weights that the EMA averages.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from latentray.checkpoint import weights
+from latentray.config import compose
+from latentray.config.train import Train
+from latentray.training import launch, loop
+
+KILLED = 9
+
+
+def keeping_raw(finish):
+    @functools.wraps(finish)
+    def wrapped(self, ema):
+        state = self.engine.full_state()
+        if self.worker.leads:
+            weights.save(Path(self.worker.out) / "raw.safetensors", state)
+        return finish(self, ema)
+
+    return wrapped
+
+
+def _join() -> None:
+    """One process group for all jobs: DeepSpeed keeps the groups it made, and cannot go on without them."""
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        os.environ["MASTER_PORT"] = sys.argv[2]
+    dist.init_process_group("gloo")
+    dist.init_process_group = dist.destroy_process_group = lambda *_args, **_kwargs: None
+
+
+def main() -> None:
+    for stage in loop.STAGES.values():
+        stage.finish = keeping_raw(stage.finish)
+    work = launch._work
+    _join()
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+
+        def die(uri: str, step: int, at: int | None = job.get("die_at")) -> None:
+            if step == at:
+                os._exit(KILLED)
+
+        launch._work = functools.partial(work, on_checkpoint=die)
+        launch.train(compose.load("train", Train, job["overrides"]))
+
+
+if __name__ == "__main__":
+    main()

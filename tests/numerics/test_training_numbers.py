@@ -1,0 +1,52 @@
+"""Whole runs of both stages: the number of workers, a kill and a damaged checkpoint change no number."""
+
+import pytest
+import torch
+
+STAGES = {"stage1": ["train/loss", "autoencoder/kl", "discriminator/loss"], "stage2": ["train/loss"]}
+
+
+def largest_difference(a: dict, b: dict) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("alone", "shared"), [("stage1", "stage1_2"), ("stage2", "stage2_2"), ("stage2", "stage2_zero3")]
+)
+def test_two_workers_follow_the_trajectory_of_one(runs, alone, shared):
+    for name in STAGES[alone]:
+        one, two = runs[alone].trajectory(name), runs[shared].trajectory(name)
+        assert len(one) == 6
+        assert two == pytest.approx(one, rel=1e-4), name
+        assert len(set(one)) == 6  # it moves
+    assert largest_difference(runs[alone].exported(), runs[shared].exported()) < 5e-4
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_what_is_exported_is_the_average_and_it_moves(runs, name):
+    run = runs[name]
+    averaged, raw = run.exported(), run.raw()
+    assert largest_difference(averaged, raw) > 1e-4
+    assert all(value.dtype == torch.float32 and torch.isfinite(value).all() for value in averaged.values())
+
+
+@pytest.mark.parametrize("name", ["resumed", "damaged"])
+def test_a_killed_run_ends_at_the_same_bits(runs, name):
+    assert "resumed from" in runs[name].output
+    assert largest_difference(runs["stage2"].exported(), runs[name].exported()) == 0.0
+    assert largest_difference(runs["stage2"].raw(), runs[name].raw()) == 0.0
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(runs):
+    output = runs["damaged"].output
+    assert "checkpoint passed over" in output
+    assert "optim_states.pt" in output
+    assert "at step 2" in output
+    assert "at step 4" in runs["resumed"].output
+    assert "passed over" not in runs["resumed"].output
+
+
+def test_a_resumed_run_logs_every_step_once(runs):
+    for name in ("resumed", "damaged"):
+        assert runs[name].trajectory("train/loss") == pytest.approx(runs["stage2"].trajectory("train/loss"), rel=1e-6)

@@ -1,0 +1,93 @@
+"""The timestep draw covers its range; after weighting, losses of all predictions are the same loss."""
+
+import pytest
+import torch
+
+from latentray.config.objective import ObjectiveConfig
+from latentray.diffusion import losses, parameterization, schedules, timesteps
+
+U = torch.linspace(0, 1 - 2**-24, 10_001)
+
+
+def of(**values) -> tuple[ObjectiveConfig, object]:
+    config = ObjectiveConfig(**values)
+    return config, schedules.build(config)
+
+
+def test_discrete_draws_cover_every_timestep_equally():
+    config, schedule = of(timesteps=10)
+    t = timesteps.from_uniform(config, schedule, U)
+    assert t.dtype == torch.int64
+    assert t.bincount().tolist() == pytest.approx([1000] * 10, abs=1)
+    assert timesteps.from_uniform(config, schedule, torch.tensor([1.0])).tolist() == [9]  # clamped
+
+
+def test_flow_draws_stay_inside_the_open_range():
+    for draw in ("uniform", "logit_normal"):
+        config, schedule = of(schedule="flow", prediction="flow", timestep_draw=draw)
+        t = timesteps.from_uniform(config, schedule, torch.cat([U, torch.tensor([1.0])]))
+        assert float(t.min()) > 0 and float(t.max()) < 1000
+        assert float(t.median()) == pytest.approx(500, abs=1)
+        assert (t[:-1].diff() >= 0).all()
+
+
+def test_logit_normal_draws_have_normal_logits():
+    config, schedule = of(schedule="flow", prediction="flow", timestep_draw="logit_normal")
+    s = timesteps.from_uniform(config, schedule, U[1:-1]) / 1000
+    logit = torch.log(s / (1 - s))
+    assert float(logit.mean()) == pytest.approx(0, abs=0.01)
+    assert float(logit.std()) == pytest.approx(1, abs=0.01)
+
+
+def test_a_shift_moves_draws_towards_noise():
+    plain, shifted = (of(schedule="flow", prediction="flow", shift=shift) for shift in (1.0, 3.0))
+    assert (timesteps.from_uniform(*shifted, U[100:-100]) > timesteps.from_uniform(*plain, U[100:-100])).all()
+
+
+def test_fixed_timesteps_are_the_middles():
+    assert timesteps.fixed(of()[1]).tolist() == [62, 187, 312, 437, 562, 687, 812, 937]
+    assert timesteps.fixed(of(schedule="flow", prediction="flow")[1], 4).tolist() == [125.0, 375.0, 625.0, 875.0]
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
+def test_min_snr_makes_the_losses_of_all_predictions_equal(prediction):
+    """Hang et al. 2023: min(SNR, gamma) |x0_hat - x0|^2, whatever the network says."""
+    config, schedule = of(prediction=prediction, weighting="min_snr")
+    t = torch.tensor([1, 50, 400, 999])
+    x0, noise, x0_hat = (torch.randn(4, 2, 3, 3, dtype=torch.float64) for _ in range(3))
+    batch = losses.noised(config, schedule, x0, noise, t)
+    alpha, sigma = (v.view(-1, 1, 1, 1) for v in schedule.alpha_sigma(t))
+    x = alpha * x0 + sigma * noise
+    noise_hat = (x - alpha * x0_hat) / sigma  # the same guess, said in the prediction's own terms
+    y = parameterization.target(prediction, x0_hat, noise_hat, alpha, sigma)
+    snr = (alpha / sigma).square().flatten()
+    expected = snr.clamp(max=5.0) * (x0_hat - x0).square().flatten(1).mean(1)
+    torch.testing.assert_close(losses.mean_squared(y, batch).double(), expected, rtol=2e-3, atol=1e-6)
+
+
+def test_without_weighting_every_sample_counts_the_same():
+    config, schedule = of()
+    batch = losses.noised(config, schedule, torch.zeros(2, 1, 2, 2), torch.ones(2, 1, 2, 2), torch.tensor([0, 999]))
+    assert batch.weight_B.tolist() == [1.0, 1.0]
+    assert losses.mean_squared(torch.zeros(2, 1, 2, 2), batch).tolist() == [1.0, 1.0]
+    torch.testing.assert_close(
+        batch.x_BChw[:, 0, 0, 0].double(), schedule.alpha_sigma(torch.tensor([0, 999]))[1], rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"schedule": "flow"},
+        {"prediction": "flow"},
+        {"schedule": "flow", "prediction": "flow", "weighting": "min_snr"},
+        {"timestep_draw": "logit_normal"},
+        {"timesteps": 1},
+    ],
+)
+def test_objectives_that_contradict_themselves_are_refused(values):
+    from latentray.errors import ConfigError
+
+    with pytest.raises(ConfigError) as caught:
+        ObjectiveConfig(**values)
+    assert caught.value.where.startswith("objective")

@@ -1,0 +1,134 @@
+"""What is refused before any worker starts, and leaves nothing behind."""
+
+import dataclasses
+import shutil
+import types
+from pathlib import Path
+
+import pytest
+
+from latentray.config import compose
+from latentray.config.train import Train
+from latentray.errors import (
+    ArtifactError,
+    ConfigError,
+    DigestMismatch,
+    EnvironmentRefused,
+    FingerprintMismatch,
+    InputMissing,
+)
+from latentray.training import launch
+
+
+@pytest.fixture
+def refused(tiny, inputs, tmp_path, monkeypatch):
+    """refused(error, stage, *overrides): the error that training raises instead of starting."""
+
+    def start(*_args, **_kwargs):
+        raise AssertionError("a worker was started")
+
+    monkeypatch.setattr(launch, "_train_here", start)
+    monkeypatch.setattr(launch, "_train_on_ray", start)
+
+    def check(error, stage: int, *overrides: str):
+        given = (
+            [*tiny.STAGE1, f"data={inputs['data']}"] if stage == 1 else [*tiny.STAGE2, f"latents={inputs['latents']}"]
+        )
+        out = tmp_path / "run"
+        with pytest.raises(error) as caught:
+            launch.train(compose.load("train", Train, [*given, f"out={out}", *overrides]))
+        assert type(caught.value) is error
+        assert not out.exists()
+        return caught.value
+
+    return check
+
+
+def copy_of(folder: str, to: Path) -> Path:
+    shutil.copytree(folder, to)
+    return to
+
+
+def flip(path: Path, at: int = 700) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_good_inputs_reach_the_worker(refused, stage):
+    with pytest.raises(AssertionError, match="a worker was started"):
+        refused(ConfigError, stage)
+
+
+def test_latents_of_another_autoencoder(refused, tiny, tmp_path):
+    other = tiny.write_autoencoder(str(tmp_path / "other"), seed=1)
+    error = refused(FingerprintMismatch, 2, f"autoencoder_from={other}")
+    assert other in error.where
+    rescaled = tiny.write_autoencoder(str(tmp_path / "rescaled"), scale=3.0)  # the same weights, another scale
+    refused(FingerprintMismatch, 2, f"autoencoder_from={rescaled}")
+
+
+@pytest.mark.parametrize(("stage", "key"), [(1, "data"), (2, "latents")])
+def test_a_shard_that_differs_from_the_index(refused, inputs, tmp_path, stage, key):
+    copy = copy_of(inputs[key], tmp_path / "copy")
+    flip(copy / "train" / "00001.tar")
+    error = refused(DigestMismatch, stage, f"{key}={copy}")
+    assert error.where.endswith("00001.tar")
+
+
+@pytest.mark.parametrize(("stage", "key"), [(1, "data"), (2, "latents")])
+def test_data_that_is_not_there(refused, stage, key):
+    assert refused(InputMissing, stage, f"{key}=/nowhere").where == "/nowhere/train"
+    assert refused(ConfigError, stage, f"{key}=null").where == key
+
+
+def test_data_of_the_wrong_kind(refused, inputs):
+    refused(ArtifactError, 1, f"data={inputs['latents']}")
+    refused(ArtifactError, 2, f"latents={inputs['data']}")
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_global_batch_that_the_workers_do_not_divide(refused, monkeypatch, stage):
+    monkeypatch.setenv("WORLD_SIZE", "3")  # as torchrun sets it
+    error = refused(ConfigError, stage)
+    assert error.where == "global_batch_size"
+    assert "1, 2, 4, 8" in error.mend
+
+
+def test_online_tracking_without_a_key(refused, monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    error = refused(EnvironmentRefused, 2, "tracking=wandb", "tracking.mode=online")
+    assert error.where == "tracking.mode"
+
+
+def test_a_disk_that_is_nearly_full(refused, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: types.SimpleNamespace(free=1 << 20))
+    assert "1 MiB free" in refused(EnvironmentRefused, 1).what
+
+
+@pytest.mark.parametrize("key", ["in_channels", "out_channels", "context_width"])
+def test_a_denoiser_that_does_not_fit_the_latents(refused, key):
+    error = refused(ConfigError, 2, f"denoiser.{key}=7")
+    assert error.where == f"denoiser.{key}"
+    assert "=16" in error.mend or "=4" in error.mend
+
+
+def test_a_finished_run_is_not_trained_again(tiny, inputs, tmp_path, monkeypatch):
+    config = compose.load("train", Train, [*tiny.STAGE2, f"latents={inputs['latents']}", f"out={tmp_path}"])
+    monkeypatch.setattr(launch, "preflight", lambda *_: pytest.fail("it was begun again"))
+    tiny.manifest.publish(Path(inputs["text_encoder"]), tmp_path / "model", kind="model")
+    assert launch.train(config) == str(tmp_path / "model")
+
+
+def test_what_a_run_needs_grows_with_its_checkpoints(tiny, inputs):
+    config = compose.load("train", Train, [*tiny.STAGE2, "checkpoint_every_samples=8", "keep_checkpoints=5"])
+    without = dataclasses.replace(config, checkpoint_every_samples=0)
+    assert launch._bytes_needed(config) > launch._bytes_needed(without)
+
+
+def test_new_runs_have_names_of_their_own():
+    names = {launch.new_run_id("diffusion") for _ in range(20)}
+    assert len(names) > 15
+    assert all(name.startswith("diffusion-") for name in names)
