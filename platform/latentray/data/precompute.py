@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from latentray import build
 from latentray.checkpoint import manifest, store
@@ -27,6 +25,7 @@ from latentray.config.precompute_latents import PrecomputeLatents
 from latentray.data import decode, latents, members, shards
 from latentray.errors import AlreadyExists, InputMissing
 from latentray.records import TextEmbedding
+from latentray.reporting.progress import tracked
 
 SPLITS = ("train", "validation")
 _CAPTIONS_FOR_TOKENIZER = 100_000
@@ -71,6 +70,7 @@ def precompute(config: PrecomputeLatents) -> list[str]:
     )
     todo = {name: one for name, one in splits.items() if not _committed(store.join(out, name), key)}
     store.require_space(out, sum(_bytes_of(config, one.count, artifact, encoder) for one in todo.values()))
+    plans, stores = [], []
     for name, one in todo.items():
         described = latents.LatentStore(
             uri=store.join(out, name),
@@ -86,6 +86,7 @@ def precompute(config: PrecomputeLatents) -> list[str]:
             text_width=encoder.width,
             listing=one.manifest,
         )
+        stores.append(described)
         plan = Plan(
             data=one.uri,
             out=described.uri,
@@ -99,7 +100,12 @@ def precompute(config: PrecomputeLatents) -> list[str]:
             flip_variants=config.flip_variants,
             device=config.device,
         )
-        _encode_split(config, plan, one, described, encoder.embed([""]), encoder.digest)
+        plans.append(plan)
+    sources = list(todo.values())
+    results = _encode_all(config, plans, sources) if plans else []
+    inputs = {"autoencoder": artifact.digest, "text_encoder": encoder.digest}
+    for one, described, done in zip(sources, stores, results, strict=True):
+        _commit(config, one, described, done, encoder.embed([""]), inputs)
     print(f"Latents: {out} (key {key[:12]})")
     print(f"Next: python -m jobs.train stage=diffusion latents={out}", flush=True)
     return [store.join(out, name) for name in splits]
@@ -156,38 +162,40 @@ def _bytes_of(
 class EncoderActor:
     """Encodes whole shards, in one canonical batch shape: a latent does not depend on what was encoded beside it."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, *plans: Plan) -> None:
+        self.plan = plan = plans[0]  # plans differ in the split they read and write, in nothing else
+        self.splits = [(shards.IndexedShards.open(one.data), one.out) for one in plans]
         self.device = build.device(plan.device)
         torch.set_num_threads(1 if self.device.type == "cpu" else torch.get_num_threads())
         self.autoencoder = build.autoencoder_artifact(plan.autoencoder).load().to(self.device)
         self.encoder = text.load(plan.text_source, name=plan.text_name, device=self.device)
-        self.shards = shards.IndexedShards.open(plan.data)
         self._embedded: dict[str, TextEmbedding] = {}
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        return {"result": [json.dumps(self.encode(int(number))) for number in batch["shard"]]}
+        pairs = zip(batch["shard"].tolist(), batch["split"].tolist(), strict=True)
+        return {"split": batch["split"].tolist(), "result": [json.dumps(self.encode(*pair)) for pair in pairs]}
 
-    def encode(self, number: int) -> dict[str, Any]:
+    def encode(self, number: int, split: int = 0) -> dict[str, Any]:
         """Encode one input shard, or find it done; the shard's entry and index rows."""
-        name = self.shards.shards[number].name
-        sidecar = store.join(self.plan.out, f"{name}.json")
+        source, out = self.splits[split]
+        name = source.shards[number].name
+        sidecar = store.join(out, f"{name}.json")
         if store.exists(sidecar):
             done = store.read_json(sidecar)
             if done["key"] == self.plan.key:
                 return done["result"]
-        rows = np.flatnonzero(self.shards.shard_numbers == number)
+        rows = np.flatnonzero(source.shard_numbers == number)
         with store.staging() as folder:
-            result = shards.write_shard(self._records(rows.tolist()), folder / name).to_dict()
-            store.upload(folder / name, store.join(self.plan.out, name))
+            result = shards.write_shard(self._records(source, rows.tolist()), folder / name).to_dict()
+            store.upload(folder / name, store.join(out, name))
         store.write_json(sidecar, {"key": self.plan.key, "result": result})
         return result
 
-    def _records(self, rows: list[int]) -> Iterator[shards.Sample]:
+    def _records(self, source: shards.IndexedShards, rows: list[int]) -> Iterator[shards.Sample]:
         flips = (False, True) if self.plan.flip_variants else (False,)
         per_batch = max(self.plan.batch_size // len(flips), 1)
         for i in range(0, len(rows), per_batch):
-            samples = [members.decode_sample(self.shards.read(x)) for x in rows[i : i + per_batch]]
+            samples = [members.decode_sample(source.read(x)) for x in rows[i : i + per_batch]]
             pixels = [decode.to_square(members.picture_of(sample), self.plan.size) for sample in samples]
             variants = [
                 (s, p[:, ::-1] if flip else p, flip) for s, p in zip(samples, pixels, strict=True) for flip in flips
@@ -240,40 +248,47 @@ class EncoderActor:
         )
 
 
-def _encode_split(
+def _encode_all(
+    config: PrecomputeLatents, plans: list[Plan], sources: list[shards.IndexedShards]
+) -> list[list[shards.ShardResult]]:
+    """Encode all shards of all splits in one pool of actors; the results of each split."""
+    total = sum(len(source.shards) for source in sources)
+    results: list[list[shards.ShardResult]] = [[] for _ in plans]
+    for split, values in tracked(_run(config, plans, sources), total, "encoding shards"):
+        results[split].append(shards.ShardResult.from_dict(values))
+    return results
+
+
+def _commit(
     config: PrecomputeLatents,
-    plan: Plan,
     source: shards.IndexedShards,
     described: latents.LatentStore,
+    results: list[shards.ShardResult],
     empty: TextEmbedding,
-    text_digest: str,
+    inputs: dict[str, str],
 ) -> None:
-    results = [
-        shards.ShardResult.from_dict(values) for values in _with_progress(_run(config, plan, source), source, plan)
-    ]
-    sidecars = [f"{entry.name}.json" for entry in source.shards]
+    """Write the index, the empty prompt and the manifest of a split."""
+    uri = described.uri
     with store.staging() as folder:
         shards.write_index(results, folder / shards.INDEX)
         tensors = {"tokens": empty.tokens_BLD, "mask": empty.mask_BL, "pooled": empty.pooled_BD}
         safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, folder / latents.EMPTY_PROMPT)
         files = {name: manifest.entry_of(folder / name) for name in (shards.INDEX, latents.EMPTY_PROMPT)}
         for name in files:
-            store.upload(folder / name, store.join(plan.out, name))
+            store.upload(folder / name, store.join(uri, name))
     for result in results:
         files[result.entry.name] = manifest.FileEntry(size=result.entry.bytes, sha256=result.entry.sha256)
-    inputs = {
-        "dataset": source.manifest.digest,
-        "autoencoder": manifest.read(plan.autoencoder).digest,
-        "text_encoder": text_digest,
-    }
     meta = latents.meta_of(described) | {"samples": sum(r.entry.count for r in results)}
-    manifest.seal(plan.out, files, kind=latents.KIND, inputs=inputs, config=compose.to_dict(config), meta=meta)
-    for name in sidecars:  # the manifest is the commit now
-        store.delete(store.join(plan.out, name))
+    lineage = inputs | {"dataset": source.manifest.digest}
+    manifest.seal(uri, files, kind=latents.KIND, inputs=lineage, config=compose.to_dict(config), meta=meta)
+    for entry in source.shards:  # the manifest is the commit now
+        store.delete(store.join(uri, f"{entry.name}.json"))
 
 
-def _run(config: PrecomputeLatents, plan: Plan, source: shards.IndexedShards) -> Iterator[dict[str, Any]]:
-    """Encode all shards on Ray, as they finish."""
+def _run(
+    config: PrecomputeLatents, plans: list[Plan], sources: list[shards.IndexedShards]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Encode all shards on Ray: (split, result) as they finish."""
     import ray
     import ray.data
 
@@ -284,30 +299,16 @@ def _run(config: PrecomputeLatents, plan: Plan, source: shards.IndexedShards) ->
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    rows = [{"shard": number} for number in range(len(source.shards))]
+    rows = [{"split": split, "shard": n} for split, source in enumerate(sources) for n in range(len(source.shards))]
     gpus = 1 if config.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= 1 else 0
     most = min(config.actors[1], len(rows))
     encoded = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         EncoderActor,
-        fn_constructor_args=(plan,),
+        fn_constructor_args=tuple(plans),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(min_size=min(config.actors[0], most), max_size=most),
         num_cpus=1,
         num_gpus=gpus,
     )
     for row in encoded.iter_rows():
-        yield json.loads(row["result"])
-
-
-def _with_progress(
-    results: Iterator[dict[str, Any]], source: shards.IndexedShards, plan: Plan
-) -> Iterator[dict[str, Any]]:
-    """A bar on a terminal; elsewhere a line per tenth of the work."""
-    total = len(source.shards)
-    if Console().is_terminal:
-        yield from track(results, description="encoding shards", total=total, transient=True)
-        return
-    for number, one in enumerate(results, start=1):
-        if number * 10 // total > (number - 1) * 10 // total:
-            print(f"encoded {number} of {total} shards of {plan.out.rsplit('/', 1)[-1]}", flush=True)
-        yield one
+        yield int(row["split"]), json.loads(row["result"])

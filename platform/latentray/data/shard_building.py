@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
 from latentray.checkpoint import manifest, store
 from latentray.config import compose
@@ -27,6 +25,7 @@ from latentray.config.build_shards import BuildShards
 from latentray.data import decode, shards, sources, synthetic
 from latentray.errors import DataError, SampleRejected
 from latentray.randomness import Purpose, mix
+from latentray.reporting.progress import tracked
 
 REJECTED = "rejected.jsonl"
 _PER_SAMPLE_BYTES = 6 << 10  # captions, tar blocks, index row; a drawn picture too
@@ -73,7 +72,7 @@ def build(config: BuildShards) -> list[str]:
     """
     plans = plan(config)
     try:
-        packed = list(_with_progress(_run(plans, config.address), len(plans)))
+        packed = list(tracked(_run(plans, config.address), len(plans), "packing shards"))
         uris = _commit(config, plans, packed)
     except BaseException:
         _discard(plans)
@@ -231,17 +230,6 @@ def _run(plans: list[ShardPlan], address: str | None) -> Iterator[Packed]:
         values = json.loads(row["packed"])
         result = shards.ShardResult.from_dict(values["result"]) if values["result"] else None
         yield Packed(split=values["split"], result=result, rejected=values["rejected"])
-
-
-def _with_progress(packed: Iterator[Packed], total: int) -> Iterator[Packed]:
-    """A bar on a terminal; elsewhere a line per tenth of the work."""
-    if Console().is_terminal:
-        yield from track(packed, description="packing shards", total=total, transient=True)
-        return
-    for number, one in enumerate(packed, start=1):
-        if number * 10 // total > (number - 1) * 10 // total:
-            print(f"packed {number} of {total} shards", flush=True)
-        yield one
 
 
 def _commit(config: BuildShards, plans: list[ShardPlan], packed: Iterable[Packed]) -> list[str]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn
+from rich.progress import BarColumn, TextColumn, track
 from rich.progress import Progress as RichProgress
+
+Item = TypeVar("Item")
 
 
 class Progress:
@@ -120,3 +122,14 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s" if rest else f"{minutes} min"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def tracked(items: Iterable[Item], total: int, description: str) -> Iterator[Item]:
+    """The items, while a bar (on a terminal) or a line per tenth of the work tells how far it is."""
+    if Console().is_terminal:
+        yield from track(items, description=description, total=total, transient=True)
+        return
+    for number, item in enumerate(items, start=1):
+        if number * 10 // total > (number - 1) * 10 // total:
+            print(f"{description}: {number} of {total}", flush=True)
+        yield item

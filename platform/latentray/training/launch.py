@@ -21,7 +21,8 @@ from latentray.config import compose
 from latentray.config.train import Train
 from latentray.data import latents
 from latentray.data.shards import IndexedShards
-from latentray.errors import ConfigError, FingerprintMismatch, TrainingFailed
+from latentray.diffusion import samplers, schedules
+from latentray.errors import ConfigError, FingerprintMismatch, InputMissing, TrainingFailed
 from latentray.training import checkpoint
 from latentray.training.state import Worker
 
@@ -89,6 +90,13 @@ def _preflight_data(config: Train) -> dict[str, str]:
         raise ConfigError("Stage 1 needs pictures.", where="data", mend="Add data=<what build_shards wrote>.")
     shards = IndexedShards.open(store.join(store.absolute(config.data), "train"))
     shards.verify()
+    weights = config.stage.lpips.weights
+    if weights is not None and not store.local_path(weights).is_file():
+        raise InputMissing(
+            "The LPIPS backbone's weights are not there.",
+            where="stage.lpips.weights",
+            mend=f"Check the path {weights}.",
+        )
     _require_world(config)
     return {"dataset": shards.manifest.digest}
 
@@ -104,6 +112,12 @@ def _preflight_latents(config: Train) -> dict[str, str]:
     described = latents.describe(uri, shards.manifest)
     artifact = build.autoencoder_artifact(store.absolute(config.autoencoder_from or described.autoencoder_uri))
     described.require_autoencoder(artifact)
+    samplers.table(
+        config.stage.sampler,
+        schedules.build(config.objective),
+        config.objective.prediction,
+        config.stage.sampling_steps,
+    )  # refuses what the model could not be sampled with by default
     net = config.denoiser
     for key, have, want in (
         ("denoiser.in_channels", net.in_channels, described.channels),

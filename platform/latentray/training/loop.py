@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -151,7 +150,3 @@ def _require_finite(loss: float, samples: int) -> None:
             where="train/loss",
             mend="Resume from the last checkpoint with a lower optimizer.lr, or check the data.",
         )
-
-
-def set_threads(threads: int) -> None:
-    torch.set_num_threads(max(threads, 1))
