@@ -49,9 +49,9 @@ def own_cache() -> Iterator[None]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_local() -> Iterator[None]:
-    """The one local Ray cluster of a test session: 4 logical CPUs, no dashboard. Mark its tests `cluster`.
+    """A local Ray cluster for the tests of one file: 4 logical CPUs, no dashboard. Mark its tests `cluster`.
 
     Tests share it, so they leave no actors, placement groups or Serve applications behind.
     """

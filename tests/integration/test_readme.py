@@ -87,7 +87,7 @@ def test_make_quickstart_in_miniature(tmp_path: Path) -> None:
             timeout=120,
         )
         assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-        assert finish(process) in (0, 2, 130)  # make reports the interrupt as its own exit code 2
+        assert finish(process) in (0, 2, -signal.SIGINT)  # make itself may end by the interrupt; the job ends cleanly
     finally:
         if process.poll() is None:
             finish(process, signal.SIGKILL)

@@ -195,6 +195,8 @@ def test_a_promotion_is_applied_in_place_and_a_broken_release_is_not(client, end
     with ThreadPoolExecutor(1) as pool:
         drawing = pool.submit(draw_throughout)
         try:
+            while not drawn_by and not drawing.done():
+                time.sleep(0.05)  # the old release has answered before it is replaced
             endpoint.roll_out(published(endpoint.folder / "two", "r-2"))
             assert client.images.generate(prompt="x").model == "r-2"
             with pytest.raises(ArtifactError, match="do not fit"):

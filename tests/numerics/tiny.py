@@ -85,9 +85,11 @@ def plan(data: str, out: str, autoencoder: str, text_source: str, **changes) -> 
 def write_latents(root: Path, monkeypatch, *, data: str, autoencoder: str, text_source: str) -> str:
     """The whole precompute job, with its Ray graph replaced by one actor in this process."""
 
-    def in_process(config, plan, source):
-        actor = precompute.EncoderActor(plan)
-        return iter([actor.encode(number) for number in range(len(source.shards))])
+    def in_process(config, plans, sources):
+        actor = precompute.EncoderActor(*plans)
+        for split, source in enumerate(sources):
+            for number in range(len(source.shards)):
+                yield split, actor.encode(number, split)
 
     monkeypatch.setattr(precompute, "_run", in_process)
     out = str(root / "latents")

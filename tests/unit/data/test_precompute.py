@@ -47,11 +47,11 @@ def test_a_shard_is_encoded_with_its_captions(made, tmp_path):
     assert result.entry.name == "00001.tar"
     assert [row["key"] for row in result.rows] == [f"{i:09d}_0" for i in range(6, N)]
     assert result.entry.sha256 == store.sha256_of(tmp_path / "00001.tar")
-    source = one.shards
+    source = one.splits[0][0]
     net = build.autoencoder_artifact(made["autoencoder"]).load()
     picture = members.picture_of(members.decode_sample(source.read(6)))
     expected = net.encode(decode.to_tensor(decode.to_square(picture, 64)[None]))
-    shard = one._records([6])
+    shard = one._records(source, [6])
     record = members.decode_sample(next(shard).members)["latent.safetensors"]
     torch.testing.assert_close(record["mean"], expected.mean_BChw[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(record["logvar"], expected.logvar_BChw[0], rtol=1e-4, atol=1e-5)
@@ -63,12 +63,16 @@ def test_a_shard_is_encoded_with_its_captions(made, tmp_path):
 
 def test_a_latent_does_not_depend_on_its_neighbours(made, tmp_path):
     one = actor(made, tmp_path)
-    alone, together = next(one._records([3])).members, list(one._records(list(range(N))))[3].members
+    alone, together = (
+        next(one._records(one.splits[0][0], [3])).members,
+        list(one._records(one.splits[0][0], list(range(N))))[3].members,
+    )
     assert alone == together  # bit for bit: one canonical batch shape
 
 
 def test_flip_variants_stand_beside_each_other(made, tmp_path):
-    plain, flipped = list(actor(made, tmp_path, flip_variants=True)._records([0]))
+    one = actor(made, tmp_path, flip_variants=True)
+    plain, flipped = list(one._records(one.splits[0][0], [0]))
     assert (plain.key, flipped.key) == ("000000000_0", "000000000_1")
     assert plain.members["latent.safetensors"] != flipped.members["latent.safetensors"]
 
@@ -76,12 +80,12 @@ def test_flip_variants_stand_beside_each_other(made, tmp_path):
 def test_a_committed_shard_is_skipped_and_one_of_another_key_redone(made, tmp_path, monkeypatch):
     first = actor(made, tmp_path).encode(0)
     again = actor(made, tmp_path)
-    monkeypatch.setattr(again, "_records", lambda rows: pytest.fail("it was encoded again"))
+    monkeypatch.setattr(again, "_records", lambda source, rows: pytest.fail("it was encoded again"))
     assert again.encode(0) == first
     other = actor(made, tmp_path, key="another")
     calls = []
     records = other._records
-    monkeypatch.setattr(other, "_records", lambda rows: calls.append(rows) or records(rows))
+    monkeypatch.setattr(other, "_records", lambda source, rows: calls.append(rows) or records(source, rows))
     other.encode(0)
     assert len(calls) == 1
     assert store.read_json(tmp_path / "00000.tar.json")["key"] == "another"
