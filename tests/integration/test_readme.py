@@ -134,12 +134,12 @@ def check_report(out: Path) -> None:
 
 @pytest.fixture(scope="module")
 def own_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory with `pictures/`: 48 pictures and their captions."""
+    """A working directory with `pictures/`: 200 pictures and their captions, of which about four are kept for validation."""
     from PIL import Image
 
     folder = tmp_path_factory.mktemp("mine")
     (folder / "pictures").mkdir()
-    for i in range(48):
+    for i in range(200):
         kind = synthetic.kind_of("train", i)
         Image.fromarray(synthetic.draw(kind, 0, i)).save(folder / "pictures" / f"{i:03d}.png")
         (folder / "pictures" / f"{i:03d}.txt").write_text(synthetic.caption(kind))

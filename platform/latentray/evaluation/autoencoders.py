@@ -41,7 +41,7 @@ def measure(
     network: FeatureNetwork,
     device: torch.device,
 ) -> tuple[dict[str, float], np.ndarray]:
-    """(psnr, ssim, rfid and, with a perceptual net, lpips; the reconstructions uint8).
+    """(psnr, ssim, of two or more pictures rfid, with a perceptual net lpips; the reconstructions uint8).
 
     PSNR is the mean over pictures of 10 log10(1/MSE), values in [0, 1]; the posterior's mean is decoded.
     """
@@ -55,8 +55,9 @@ def measure(
             lpips.append(perceptual(x, y).cpu())
         rebuilt.append(((y + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
     pictures = np.concatenate(rebuilt)
-    rfid = metrics.frechet_distance(network.features_of(originals_NHWC), network.features_of(pictures))
-    card = {"psnr": float(torch.cat(psnr).mean()), "ssim": float(torch.cat(ssim).mean()), "rfid": rfid}
+    card = {"psnr": float(torch.cat(psnr).mean()), "ssim": float(torch.cat(ssim).mean())}
+    if len(pictures) >= 2:  # one picture has no covariance
+        card["rfid"] = metrics.frechet_distance(network.features_of(originals_NHWC), network.features_of(pictures))
     if lpips:
         card["lpips"] = float(torch.cat(lpips).mean())
     return card, pictures

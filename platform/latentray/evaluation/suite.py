@@ -111,7 +111,9 @@ def draw(
 def distribution(
     network: feature_networks.FeatureNetwork, originals: np.ndarray, drawn: np.ndarray, *, seed: int
 ) -> dict[str, float]:
-    """FID and KID of drawn pictures against originals."""
+    """FID and KID of drawn pictures against originals; nothing where either has fewer than two."""
+    if min(len(originals), len(drawn)) < 2:
+        return {}
     real, fake = network.features_of(originals), network.features_of(drawn)
     subset = min(1000, len(real), len(fake))
     kid, kid_std = metrics.kernel_distance(real, fake, subset_size=subset, subsets=50, seed=seed)

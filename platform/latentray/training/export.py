@@ -82,16 +82,17 @@ def autoencoder(
         listing = manifest.publish(
             folder, uri, kind="autoencoder", inputs=inputs, config=compose.to_dict(config), meta=meta, replace=True
         )
-    print(f"autoencoder: PSNR {card['psnr']:.2f} dB, SSIM {card['ssim']:.3f}, rFID {card['rfid']:.2f}", flush=True)
+    rfid = f", rFID {card['rfid']:.2f}" if "rfid" in card else ""
+    print(f"autoencoder: PSNR {card['psnr']:.2f} dB, SSIM {card['ssim']:.3f}{rfid}", flush=True)
     metrics = {
         names.VALIDATION_PSNR: card["psnr"],
         names.VALIDATION_SSIM: card["ssim"],
-        names.VALIDATION_RFID: card["rfid"],
         names.LATENT_SHIFT: scale.shift,
         names.LATENT_SCALE: scale.scale,
     }
-    if "lpips" in card:
-        metrics[names.VALIDATION_LPIPS] = card["lpips"]
+    for figure, name in (("rfid", names.VALIDATION_RFID), ("lpips", names.VALIDATION_LPIPS)):
+        if figure in card:
+            metrics[name] = card[figure]
     return Exported(
         kind="autoencoder",
         uri=uri,
