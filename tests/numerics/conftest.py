@@ -74,7 +74,7 @@ def _run(folder: Path, jobs: list[dict], *, world: int = 1, expect: int = 0) -> 
 
 @pytest.fixture(scope="session")
 def runs(inputs, tmp_path_factory) -> dict[str, Run]:
-    """Name -> run: `stage1` and `stage2` on one worker, `..._2` on two, `resumed` and `damaged` after a kill."""
+    """Name -> run: `stage1` and `stage2` on one worker, `..._zero0` ... `..._zero3` on two, `resumed`, `damaged`."""
     root = tmp_path_factory.mktemp("runs")
     stage1 = [*tiny.STAGE1, f"data={inputs['data']}"]
     stage2 = [*tiny.STAGE2, f"latents={inputs['latents']}"]
@@ -93,6 +93,10 @@ def runs(inputs, tmp_path_factory) -> dict[str, Run]:
     victim.write_bytes(bytes(data))
     outputs["resumed"] = _run(root, [job("resumed", often)])
     outputs["damaged"] = _run(root, [job("damaged", often)])
-    two = [job("stage2_2", stage2), job("stage1_2", stage1), job("stage2_zero3", [*stage2, "deepspeed=zero3"])]
+    two = [
+        job(f"{name}_zero{zero}", [*settings, f"deepspeed=zero{zero}"])
+        for zero in range(4)
+        for name, settings in (("stage1", stage1), ("stage2", stage2))
+    ]
     outputs["two"] = _run(root, two, world=2)
     return {path.name: Run(path, outputs.get(path.name, "")) for path in root.iterdir() if path.is_dir()}

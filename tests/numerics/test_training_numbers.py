@@ -11,10 +11,10 @@ def largest_difference(a: dict, b: dict) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
-@pytest.mark.parametrize(
-    ("alone", "shared"), [("stage1", "stage1_2"), ("stage2", "stage2_2"), ("stage2", "stage2_zero3")]
-)
-def test_two_workers_follow_the_trajectory_of_one(runs, alone, shared):
+@pytest.mark.parametrize("zero", range(4))
+@pytest.mark.parametrize("alone", STAGES)
+def test_two_workers_follow_the_trajectory_of_one(runs, alone, zero):
+    shared = f"{alone}_zero{zero}"
     for name in STAGES[alone]:
         one, two = runs[alone].trajectory(name), runs[shared].trajectory(name)
         assert len(one) == 6

@@ -38,7 +38,7 @@ def grid(
 
     Args:
         pictures: uint8 RGB, each (H, W, 3); or one array (N, H, W, 3).
-        captions: text below each picture, wrapped to its width.
+        captions: text below each picture, wrapped to its cell.
         scale: how many pixels, each way, one pixel of a picture takes.
         marked: positions that get a coloured frame, such as the combinations never seen in training.
 
@@ -64,6 +64,9 @@ def grid(
     cell_w = scale * max(p.shape[1] for p in pictures)
     if column_labels:
         cell_w = max(cell_w, *(_width(font, label) for label in column_labels))
+    if captions:  # a cell grows by half at most, so that an ordinary word stands whole
+        words = {word for text in captions for word in text.split()}
+        cell_w = max(cell_w, min(max((_width(font, word) for word in words), default=0), cell_w * 3 // 2))
     wrapped = [_wrap(font, text, cell_w) for text in captions] if captions else []
     below = line * max((len(lines) for lines in wrapped), default=0)
     left = 2 * GAP + max(_width(font, label) for label in row_labels) if row_labels else GAP
