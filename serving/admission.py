@@ -8,7 +8,8 @@ import re
 
 from latentray.config.serve import ServeConfig
 from latentray.errors import RequestRefused
-from serving.messages import ModelInfo, PictureRequest
+from latentray.inference.requests import SamplingRequest
+from serving.messages import ModelInfo
 from serving.schema import MAX_SEED, ImagesRequest
 
 SMALLEST, LARGEST = 0.5, 2.0
@@ -45,7 +46,7 @@ class Limits:
 class Admitted:
     """A request that can be drawn."""
 
-    pictures: list[PictureRequest]
+    pictures: list[SamplingRequest]
     seed: int
     warnings: list[str]
 
@@ -70,7 +71,7 @@ def admit(request: ImagesRequest, info: ModelInfo, limits: Limits, *, fresh_seed
         )
     width, height = size_of(request.size, info)
     seed = fresh_seed if request.seed is None else request.seed
-    one = PictureRequest(
+    one = SamplingRequest(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt or "",
         steps=steps,

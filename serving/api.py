@@ -15,9 +15,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import latentray
 from latentray.config.serve import ServeConfig
+from latentray.inference.requests import SamplingRequest
 from serving import keys, refusals
 from serving.admission import Admitted, Limits, admit, model_known
-from serving.messages import ModelInfo, Picture, PictureRequest
+from serving.messages import ModelInfo, Picture
 from serving.pictures import encode
 from serving.schema import ErrorReply, ImageData, ImagesReply, ImagesRequest, Model, ModelList
 
@@ -34,7 +35,7 @@ class Backend(Protocol):
 
     async def info(self) -> ModelInfo: ...
 
-    async def draw(self, requests: Sequence[PictureRequest]) -> list[Picture]: ...
+    async def draw(self, requests: Sequence[SamplingRequest]) -> list[Picture]: ...
 
     async def ready(self) -> bool: ...
 

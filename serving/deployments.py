@@ -18,9 +18,10 @@ from starlette.types import ASGIApp
 
 from latentray.config.serve import ServeConfig
 from latentray.errors import RequestRefused
+from latentray.inference.requests import SamplingRequest
 from serving import api
 from serving.loading import Loaded, load
-from serving.messages import ModelInfo, Picture, PictureRequest
+from serving.messages import ModelInfo, Picture
 
 logger = logging.getLogger("ray.serve")
 
@@ -86,7 +87,7 @@ class Sampler:
         """What the loaded release is and allows."""
         return dataclasses.replace(self._model().info, refused=self._refused)
 
-    async def draw(self, requests: list[PictureRequest]) -> list[Picture]:
+    async def draw(self, requests: list[SamplingRequest]) -> list[Picture]:
         """The pictures of one HTTP request; they may share batches with those of others."""
         outcomes = await asyncio.gather(*(self._draw_one(request) for request in requests))
         for outcome in outcomes:
@@ -95,7 +96,7 @@ class Sampler:
         return outcomes
 
     @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.02)  # both set again by __init__
-    async def _draw_one(self, requests: list[PictureRequest]) -> list[Picture | Exception]:
+    async def _draw_one(self, requests: list[SamplingRequest]) -> list[Picture | Exception]:
         loaded = self._model()
         self._drawing_since = time.monotonic()
         try:
@@ -128,7 +129,7 @@ class HandleBackend:
                 logger.debug("the sampler is busy; its known bounds are used")
         return self._info
 
-    async def draw(self, requests: Sequence[PictureRequest]) -> list[Picture]:
+    async def draw(self, requests: Sequence[SamplingRequest]) -> list[Picture]:
         return await self._call("draw", self._timeout_s, list(requests))
 
     async def ready(self) -> bool:

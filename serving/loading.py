@@ -13,7 +13,8 @@ from typing import Any, Protocol
 from latentray.checkpoint import manifest
 from latentray.config.serve import ServeConfig
 from latentray.errors import ArtifactError, ConfigError, RequestRefused
-from serving.messages import ModelInfo, Picture, PictureRequest
+from latentray.inference.requests import SamplingRequest
+from serving.messages import ModelInfo, Picture
 
 logger = logging.getLogger("ray.serve")
 
@@ -93,7 +94,7 @@ class Loaded:
 
             torch.set_num_threads(self.threads)
         size, info = self.info.size, self.info
-        request = PictureRequest(
+        request = SamplingRequest(
             prompt="warm-up",
             steps=min(2, info.steps, info.max_steps),
             guidance_scale=info.guidance_scale,
@@ -106,7 +107,7 @@ class Loaded:
         if isinstance(outcome, Exception):
             raise outcome
 
-    def draw(self, requests: Sequence[PictureRequest]) -> list[Picture | Exception]:
+    def draw(self, requests: Sequence[SamplingRequest]) -> list[Picture | Exception]:
         """One outcome per request, in order; requests of one size are drawn in one call.
 
         Where a call fails, its pictures are tried one by one, so that a request fails for its own faults only.
@@ -126,7 +127,7 @@ class Loaded:
                 outcomes[i] = outcome
         return outcomes
 
-    def _draw_group(self, requests: list[PictureRequest]) -> list[Picture | Exception]:
+    def _draw_group(self, requests: list[SamplingRequest]) -> list[Picture | Exception]:
         try:
             drawn = self.model.sample(requests)
         except Exception as error:

@@ -9,22 +9,6 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PictureRequest:
-    """One picture to draw; field for field `latentray.inference.sampling.SamplingRequest`."""
-
-    prompt: str
-    negative_prompt: str = ""
-    steps: int
-    guidance_scale: float
-    seed: int
-    sampler: str
-    height: int
-    """Pixels."""
-    width: int
-    """Pixels."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Picture:
     """One drawn picture."""
 

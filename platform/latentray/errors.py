@@ -39,7 +39,7 @@ def _rebuild(cls: type[LatentrayError], what: str, where: str, mend: str, state:
     return error
 
 
-class ConfigError(LatentrayError):
+class ConfigError(LatentrayError, ValueError):
     """A setting is misspelt, of the wrong type, out of bounds, or contradicts another: `trian.steps=10`."""
 
 

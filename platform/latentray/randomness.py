@@ -38,6 +38,8 @@ class Purpose(enum.IntEnum):
     SPLIT = 11
     DRAWING = 12
     WEIGHTS = 13
+    OFFSET_NOISE = 14
+    TIMESTEP_SHIFT = 15
 
 
 def _signed(value: int) -> int:

@@ -81,3 +81,5 @@ class LatentBatch:
     logvar_BChw: torch.Tensor
     text: TextEmbedding
     ids: list[SampleId]
+    first_slot: int = 0
+    """Position of the first sample in the global batch."""

@@ -16,6 +16,7 @@ from latentray.config.evaluate import Evaluate
 from latentray.config.precompute_latents import PrecomputeLatents
 from latentray.config.promote import PromoteConfig, ReleasesConfig, RollbackConfig
 from latentray.config.quickstart import Quickstart
+from latentray.config.sample import Sample
 from latentray.config.serve import ServeConfig
 from latentray.config.submit import SubmitConfig
 from latentray.config.train import Train
@@ -32,6 +33,7 @@ PRIMARY = {
     "quickstart": (Quickstart, []),
     "releases": (ReleasesConfig, []),
     "rollback": (RollbackConfig, []),
+    "sample": (Sample, ["release=r", "prompt=p"]),
     "serve": (ServeConfig, ["allow_anonymous=true"]),
     "submit": (SubmitConfig, ["job=train"]),
     "train": (Train, []),

@@ -27,7 +27,8 @@ BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.strip().splitlines()]
 MINIATURE = {
     "train": ["total_samples=64", "global_batch_size=16", "log_every_samples=32", "tracking=none"],
-    "evaluate": ["samples=8", "heldout_samples=8", "steps=2"],
+    "evaluate": ["samples=4", "heldout_samples=8", "steps=2"],
+    "sample": ["n=2", "steps=2"],
 }
 """What shrinks a command of the README to a test's size."""
 

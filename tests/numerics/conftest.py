@@ -83,7 +83,9 @@ def runs(inputs, tmp_path_factory) -> dict[str, Run]:
         return {"overrides": [*overrides, f"run={name}", f"out={root / name}"], **more}
 
     often = [*stage2, "checkpoint_every_samples=16"]
-    one = [job("stage2", stage2), job("stage1", stage1), job("resumed", often, die_at=4)]
+    edm = [o for o in stage2 if not o.startswith("objective")]
+    edm += ["objective=edm", "stage.sampler=heun", "stage.sampling_steps=3", "total_samples=96"]
+    one = [job("stage2", stage2), job("stage1", stage1), job("edm", edm), job("resumed", often, die_at=4)]
     outputs = {"one": _run(root, one, expect=9)}
     shutil.copytree(root / "resumed", root / "damaged")
     newest = sorted((root / "damaged" / "checkpoints").iterdir())[-1]

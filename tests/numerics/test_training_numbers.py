@@ -50,3 +50,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(runs):
 def test_a_resumed_run_logs_every_step_once(runs):
     for name in ("resumed", "damaged"):
         assert runs[name].trajectory("train/loss") == pytest.approx(runs["stage2"].trajectory("train/loss"), rel=1e-6)
+
+
+def test_the_variance_exploding_case_trains_and_is_drawn_from(runs):
+    losses = runs["edm"].trajectory("train/loss")
+    assert len(losses) == 12 and all(0 < loss < 5 for loss in losses)
+    assert sum(losses[-4:]) < sum(losses[:4])
+    assert any(runs["edm"].out.rglob("*samples*.png"))

@@ -33,7 +33,10 @@ STAGE1 = [
     *SMALL, "stage=autoencoder", "stage.lpips.weight=0", "stage.discriminator.channels=8", "stage.discriminator.layers=1",
     "stage.discriminator.start_samples=0", "stage.kl_weight=0.0001",
 ]  # fmt: skip
-STAGE2 = [*SMALL, "stage=diffusion", "stage.caption_dropout=0.3", "stage.latent=draw"]
+STAGE2 = [
+    *SMALL, "stage=diffusion", "stage.caption_dropout=0.3", "stage.latent=draw", "objective.timestep_spread=sobol",
+    "objective.offset_noise=0.1",
+]  # fmt: skip
 
 
 def write_pictures(root: Path, split: str, n: int, per_shard: int = 24) -> str:

@@ -6,11 +6,15 @@ import dataclasses
 
 from latentray.errors import ConfigError
 
+SUITES = ("standard", "failures")
+
 
 @dataclasses.dataclass(kw_only=True)
 class Evaluate:
     """Measure a model folder against a data set's validation pictures."""
 
+    suite: str = "standard"
+    """standard: the report that promotion reads. failures: the four known failures, each beside its remedy."""
     model: str | None = None
     """The model folder (of stage 2) or a release, a path or URI."""
     data: str | None = None
@@ -33,9 +37,13 @@ class Evaluate:
     batch_size: int = 54
     inception: str | None = None
     """torch-fidelity's Inception weights file; null trains a small classifier on the data set at hand, once."""
+    lpips_weights: str | None = None
+    """suite=failures: torchvision's AlexNet state dict for LPIPS; null takes a random backbone, and the card says so."""
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.suite not in SUITES:
+            raise ConfigError(f"There is no suite {self.suite!r}.", where="suite", mend=f"Known: {', '.join(SUITES)}.")
         for key in ("model", "data"):
             if not getattr(self, key):
                 raise ConfigError("This setting is needed.", where=key, mend=f"Add {key}=<path or URI>.")

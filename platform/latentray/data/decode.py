@@ -97,14 +97,19 @@ def to_square(pixels_HWC: np.ndarray, size: int) -> np.ndarray:
 
     A picture whose shorter side is `size` already keeps its pixels.
     """
-    height, width = pixels_HWC.shape[:2]
-    if min(height, width) != size:
-        scale = size / min(height, width)
-        shape = (max(size, round(width * scale)), max(size, round(height * scale)))
+    return to_size(pixels_HWC, size, size)
+
+
+def to_size(pixels_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 (height, width, 3): resized to cover the size (Lanczos, antialiased), the centre cut out."""
+    have_h, have_w = pixels_HWC.shape[:2]
+    scale = max(height / have_h, width / have_w)
+    if scale != 1:
+        shape = (max(width, round(have_w * scale)), max(height, round(have_h * scale)))
         pixels_HWC = np.asarray(Image.fromarray(pixels_HWC).resize(shape, Image.Resampling.LANCZOS))
-        height, width = pixels_HWC.shape[:2]
-    top, left = (height - size) // 2, (width - size) // 2
-    return pixels_HWC[top : top + size, left : left + size]
+        have_h, have_w = pixels_HWC.shape[:2]
+    top, left = (have_h - height) // 2, (have_w - width) // 2
+    return pixels_HWC[top : top + height, left : left + width]
 
 
 def to_tensor(pixels: np.ndarray) -> torch.Tensor:

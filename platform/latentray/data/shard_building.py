@@ -30,6 +30,7 @@ from latentray.reporting.progress import tracked
 REJECTED = "rejected.jsonl"
 _PER_SAMPLE_BYTES = 6 << 10  # captions, tar blocks, index row; a drawn picture too
 _SPARE_BYTES = 16 << 20
+_LEAST_VALIDATION = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,12 +104,14 @@ def plan(config: BuildShards) -> list[ShardPlan]:
 def split_entries(found: list[sources.Entry], fraction: float, seed: int) -> dict[str, list[sources.Entry]]:
     """`train` and `validation`, by a hash of each name: a picture stays where it is when others come or go.
 
-    With a positive fraction and two or more names, both get at least one.
+    With a positive fraction and two or more names, both get at least one; of a small folder a tenth is kept, up to eight, for
+    FID wants several.
     """
     draws = {entry["name"]: _split_draw(entry["name"], seed) for entry in found}
     held = {name for name, draw in draws.items() if draw < fraction}
     if fraction > 0 and len(draws) > 1:
-        held = held or {min(draws, key=draws.__getitem__)}
+        least = min(max(len(draws) // 10, 1), _LEAST_VALIDATION)
+        held |= set(sorted(draws, key=draws.__getitem__)[:least])
     if len(held) == len(draws):
         held.discard(max(draws, key=draws.__getitem__))
     parts = {

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from latentray.config.objective import ObjectiveConfig
 from latentray.diffusion import parameterization, timesteps
-from latentray.diffusion.schedules import DiscreteVP, RectifiedFlow
+from latentray.diffusion.schedules import AnySchedule
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -21,9 +21,7 @@ class Noised:
     weight_B: Tensor
 
 
-def noised(
-    config: ObjectiveConfig, schedule: DiscreteVP | RectifiedFlow, x0_BChw: Tensor, noise_BChw: Tensor, t_B: Tensor
-) -> Noised:
+def noised(config: ObjectiveConfig, schedule: AnySchedule, x0_BChw: Tensor, noise_BChw: Tensor, t_B: Tensor) -> Noised:
     """x_t = alpha x_0 + sigma noise, the prediction's target and the loss weights, in float32."""
     alpha, sigma = schedule.alpha_sigma(t_B)
     a, s = (value.float().view(-1, 1, 1, 1) for value in (alpha, sigma))
@@ -39,3 +37,11 @@ def mean_squared(prediction_BChw: Tensor, batch: Noised) -> Tensor:
     """Weighted squared error per sample, mean over its latent, (B,) float32 (Ho et al. 2020, equation 14)."""
     error = (prediction_BChw.float() - batch.target_BChw).square().flatten(1).mean(1)
     return batch.weight_B * error
+
+
+def offset_noise(noise_BChw: Tensor, offset_BC: Tensor, strength: float) -> Tensor:
+    """Noise with a constant added to each channel, N(0, strength^2): lets a model move a picture's mean brightness.
+
+    Guttenberg 2023, "Diffusion with offset noise". `offset_BC` is standard normal.
+    """
+    return noise_BChw + strength * offset_BC[:, :, None, None]

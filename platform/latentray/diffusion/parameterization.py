@@ -40,7 +40,14 @@ def _flow(alpha: Tensor, sigma: Tensor) -> Coefficients:
     return Coefficients(x0_x=zero + 1, x0_y=-sigma, noise_x=zero + 1, noise_y=1 - sigma)
 
 
-_COEFFICIENTS = {"epsilon": _epsilon, "x0": _x0, "v": _v, "flow": _flow}
+def _edm(alpha: Tensor, sigma: Tensor) -> Coefficients:
+    """x_0 = c_skip x + c_out y (Karras et al. 2022, equation 7) on x_t = c_in x, where 1 - sigma^2 = alpha^2 sigma_data^2."""
+    kept = 1 - sigma.square()
+    root = kept.sqrt()
+    return Coefficients(x0_x=kept / alpha, x0_y=sigma * root / alpha, noise_x=sigma, noise_y=-root)
+
+
+_COEFFICIENTS = {"epsilon": _epsilon, "x0": _x0, "v": _v, "flow": _flow, "edm": _edm}
 
 
 def coefficients(prediction: str, alpha: Tensor, sigma: Tensor) -> Coefficients:
@@ -56,4 +63,7 @@ def target(prediction: str, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Ten
         return x0
     if prediction == "v":
         return alpha * noise - sigma * x0
+    if prediction == "edm":
+        root = (1 - sigma.square()).sqrt()  # alpha sigma_data
+        return sigma * alpha / root * x0 - root * noise
     return noise - x0

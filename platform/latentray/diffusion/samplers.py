@@ -1,230 +1,188 @@
-"""Samplers as tables: every solver is a list of rows, one row per network call, and one executor applies them.
+"""Samplers by name: which apply to a schedule, their tables, and drawing with one of them.
 
-The state of a request is its latent x and three history slots h1, h2, h3. A row reads
-
-    y   = network(x, t)                                   guidance already applied
-    m   = f(px x + py y)                                  f: identity, or clamp to [-1, 1]
-    x'  = ax x + am m + ay y + a1 h1 + a2 h2 + a3 h3 + az z       z ~ N(0, I)
-    h1' = m;  h2' = h1;  h3' = h2
-
-so one batch can hold requests with different solvers, step counts and guidance. All coefficients are built in float64 in
-the variance-preserving gauge (the network sees x itself). `x_t = alpha x_0 + sigma noise` throughout.
+>>> x = sample(network, noise, schedule, sampler="dpmpp_2m", steps=20, prediction="v")
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from latentray.diffusion import parameterization
-from latentray.diffusion.schedules import DiscreteVP, RectifiedFlow
+from latentray.config.objective import SCHEDULES
+from latentray.diffusion import solvers, spacing
+from latentray.diffusion.bounds import CLAMP, IDENTITY, THRESHOLD
+from latentray.diffusion.executor import Slots, Table, execute
+from latentray.diffusion.schedules import AnySchedule, DiscreteVP, RectifiedFlow, VarianceExploding
 from latentray.errors import ConfigError
 
-COLUMNS = ("ax", "a1", "a2", "a3", "am", "ay", "az", "px", "py")
-IDENTITY, CLAMP = 0, 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Table:
-    """One request's rows: coefficients (R, 9) float64 in the order of COLUMNS, timesteps (R,) float64, f's id."""
-
-    coefficients: Tensor
-    t: Tensor
-    f: int = IDENTITY
-
-    def __len__(self) -> int:
-        return len(self.t)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Grid:
-    """The N + 1 noise levels a solver walks: alpha, sigma (N+1,), and the network's timestep at the first N."""
-
-    alpha: Tensor
-    sigma: Tensor
-    t: Tensor
-
-    @property
-    def steps(self) -> int:
-        return len(self.t)
-
-
-def discrete_grid(schedule: DiscreteVP, steps: int) -> Grid:
-    """Trailing spacing, T-1 downwards, ending at clean data (Lin et al. 2024, table 2)."""
-    t = torch.linspace(schedule.timesteps, 0, steps + 1, dtype=torch.float64)[:-1].round().long() - 1
-    alpha, sigma = schedule.alpha_sigma(t)
-    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    return Grid(alpha=torch.cat([alpha, one]), sigma=torch.cat([sigma, zero]), t=t.double())
-
-
-def flow_grid(schedule: RectifiedFlow, steps: int) -> Grid:
-    """s from 1 to 0 in equal parts, then shifted."""
-    s = schedule.shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
-    return Grid(alpha=1 - s, sigma=s, t=s[:-1] * schedule.timesteps)
-
-
-class _Rows:
-    """Collects rows, by column name."""
-
-    def __init__(self) -> None:
-        self.rows: list[list[float]] = []
-        self.t: list[float] = []
-
-    def add(self, t: Tensor | float, **columns: Tensor | float) -> None:
-        self.rows.append([float(columns.get(name, 0.0)) for name in COLUMNS])
-        self.t.append(float(t))
-
-    def table(self) -> Table:
-        return Table(
-            coefficients=torch.tensor(self.rows, dtype=torch.float64), t=torch.tensor(self.t, dtype=torch.float64)
-        )
-
-
-def _x0_columns(prediction: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    c = parameterization.coefficients(prediction, alpha, sigma)
-    return c.x0_x, c.x0_y, c.noise_x, c.noise_y
-
-
-def _ddim(grid: Grid, prediction: str, eta: float) -> Table:
-    """Song et al. 2021 (DDIM), equation 12: x' = alpha' x_0 + sqrt(sigma'^2 - s^2) noise + s z; eta = 1 is ancestral."""
-    rows = _Rows()
-    for i in range(grid.steps):
-        a, s, a1, s1 = grid.alpha[i], grid.sigma[i], grid.alpha[i + 1], grid.sigma[i + 1]
-        ratio = (s1 / s).square() * (1 - (a / a1).square())
-        std = eta * ratio.clamp(min=0).sqrt()
-        direction = (s1.square() - std.square()).clamp(min=0).sqrt()
-        px, py, qx, qy = _x0_columns(prediction, a, s)
-        # x_0 passes through m, so that a clamp acts on it; the noise estimate stays raw.
-        rows.add(grid.t[i], ax=direction * qx, ay=direction * qy, am=a1, az=std, px=px, py=py)
-    return rows.table()
-
-
-_HEUN_RATIO = 10.0
-
-
-def _heun(grid: Grid, prediction: str) -> Table:
-    """Karras et al. 2022, algorithm 1 without churn, over s = sigma/alpha: two calls per step but the last.
-
-    The slopes differ by (m1 - m2)/s', so the history keeps x_0. The corrector multiplies an error of the network by about
-    s/(2 s'): where a step shrinks s more than tenfold, as the first ones of a cosine schedule do, it is left out.
-    """
-    rows = _Rows()
-    for i in range(grid.steps):
-        a, s, a1, s1 = grid.alpha[i], grid.sigma[i], grid.alpha[i + 1], grid.sigma[i + 1]
-        px, py, qx, qy = _x0_columns(prediction, a, s)
-        rows.add(grid.t[i], ax=s1 * qx, ay=s1 * qy, am=a1, px=px, py=py)  # predictor: Euler
-        if s1 > 0 and (s / a) / (s1 / a1) <= _HEUN_RATIO:
-            half = a1 * (1 - (s / a) / (s1 / a1)) / 2
-            px1, py1, _, _ = _x0_columns(prediction, a1, s1)
-            rows.add(grid.t[i + 1], ax=1.0, am=-half, a1=half, px=px1, py=py1)
-    return rows.table()
-
-
-def _heun_flow(grid: Grid, prediction: str) -> Table:
-    """Heun's method for dx/ds = y: x' = x + ds (y1 + y2) / 2."""
-    rows = _Rows()
-    for i in range(grid.steps):
-        ds = grid.sigma[i + 1] - grid.sigma[i]
-        rows.add(grid.t[i], ax=1.0, ay=ds, py=1.0)
-        if grid.sigma[i + 1] > 0:
-            rows.add(grid.t[i + 1], ax=1.0, ay=ds / 2, a1=-ds / 2, py=1.0)
-    return rows.table()
-
-
-def _dpmpp_2m(grid: Grid, prediction: str) -> Table:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), x_0 form; first order at the first and at the last step."""
-    rows = _Rows()
-    lam = torch.log(grid.alpha) - torch.log(grid.sigma)
-    for i in range(grid.steps):
-        a, s, a1, s1 = grid.alpha[i], grid.sigma[i], grid.alpha[i + 1], grid.sigma[i + 1]
-        px, py, _, _ = _x0_columns(prediction, a, s)
-        if s1 == 0:
-            rows.add(grid.t[i], am=1.0, px=px, py=py)  # the limit h -> inf is x_0 itself
-            continue
-        if s == 0 or a == 0:  # flow starts at alpha = 0, where lambda is -inf: one first-order (DDIM) step
-            _, _, qx, qy = _x0_columns(prediction, a, s)
-            rows.add(grid.t[i], ax=s1 * qx, ay=s1 * qy, am=a1, px=px, py=py)
-            continue
-        h = lam[i + 1] - lam[i]
-        gain = -a1 * torch.expm1(-h)
-        first = i == 0 or not torch.isfinite(lam[i - 1])
-        r = torch.tensor(1.0) if first else (lam[i] - lam[i - 1]) / h
-        extra = 0.0 if first else 1 / (2 * r)
-        rows.add(grid.t[i], ax=s1 / s, am=gain * (1 + extra), a1=-gain * extra, px=px, py=py)
-    return rows.table()
-
-
-_Builder = Callable[[Grid, str], Table]
-_DISCRETE: dict[str, _Builder] = {
-    "ddpm": lambda grid, p: _ddim(grid, p, eta=1.0),
-    "ddim": lambda grid, p: _ddim(grid, p, eta=0.0),
-    "euler": lambda grid, p: _ddim(grid, p, eta=0.0),  # Euler over sigma/alpha is DDIM, to rounding
-    "euler_ancestral": lambda grid, p: _ddim(grid, p, eta=1.0),
-    "heun": _heun,
-    "dpmpp_2m": _dpmpp_2m,
+_SOLVERS: dict[type, dict[str, solvers.Solver]] = {
+    DiscreteVP: solvers.DISCRETE,
+    RectifiedFlow: solvers.FLOW,
+    VarianceExploding: solvers.EXPLODING,
 }
-_FLOW: dict[str, _Builder] = {
-    "flow_euler": lambda grid, p: _ddim(grid, p, eta=0.0),
-    "flow_heun": _heun_flow,
-    "dpmpp_2m": _dpmpp_2m,
+_PREDICTIONS: dict[type, tuple[str, ...]] = {
+    DiscreteVP: ("epsilon", "v", "x0"),
+    RectifiedFlow: ("flow",),
+    VarianceExploding: ("edm", "epsilon", "x0"),
 }
+_BOUNDS = (IDENTITY, CLAMP, THRESHOLD)
+_VARIANTS = ("bh1", "bh2")
 
 
-def names(schedule: DiscreteVP | RectifiedFlow) -> tuple[str, ...]:
+def names(schedule: AnySchedule) -> tuple[str, ...]:
     """The samplers that apply to a schedule."""
-    return tuple(_DISCRETE if isinstance(schedule, DiscreteVP) else _FLOW)
+    return tuple(_SOLVERS[type(schedule)])
 
 
-def table(name: str, schedule: DiscreteVP | RectifiedFlow, prediction: str, steps: int, *, clip: bool = False) -> Table:
+def table(
+    name: str,
+    schedule: AnySchedule,
+    prediction: str,
+    steps: int,
+    *,
+    spacing_name: str | None = None,
+    start: int = 0,
+    stop: int | None = None,
+    bound: str = IDENTITY,
+    quantile: float = 0.995,
+    **options: Any,
+) -> Table:
     """The rows of one solver over `steps` intervals of a schedule.
 
-    Raises ConfigError for a sampler that does not apply to the schedule (naming those that do) or steps out of range.
+    Args:
+        spacing_name: which noise levels are visited (see `spacing`); None for the schedule's default.
+        start: begin at this interval, with alpha x_0 + sigma noise of the table's own alpha and sigma: picture-to-picture.
+        stop: end before this interval, still noisy: another model takes over from there with start=stop.
+        bound: what is done to each estimate of x_0: identity, clamp, or threshold at a `quantile`.
+        options: fields of `solvers.Options`.
+
+    Raises ConfigError, which is a ValueError, and names the field: no schedule, a sampler that does not apply to it (naming
+    those that do), steps out of range, a prediction that does not fit, eta outside [0, 1], noise prediction from pure noise.
     """
-    known = _DISCRETE if isinstance(schedule, DiscreteVP) else _FLOW
+    if type(schedule) not in _SOLVERS:
+        raise ConfigError(
+            f"{schedule!r} is no schedule.",
+            where="schedule",
+            mend=f"Build one with schedules.build: {', '.join(SCHEDULES)}.",
+        )
+    known = _SOLVERS[type(schedule)] | (solvers.FOR_PARITY if not isinstance(schedule, RectifiedFlow) else {})
     if name not in known:
         raise ConfigError(
-            f"Sampler {name!r} does not apply here.", where="sampler", mend=f"Use one of {', '.join(known)}."
+            f"Sampler {name!r} does not apply here.", where="sampler", mend=f"Use one of {', '.join(names(schedule))}."
         )
-    if not 1 <= steps <= schedule.timesteps:
-        raise ConfigError(f"{steps} steps are out of range.", where="steps", mend=f"Choose 1 to {schedule.timesteps}.")
-    grid = discrete_grid(schedule, steps) if isinstance(schedule, DiscreteVP) else flow_grid(schedule, steps)
-    built = known[name](grid, prediction)
-    return dataclasses.replace(built, f=CLAMP) if clip else built
+    _check(schedule, prediction, bound, quantile)
+    chosen = _options(options)
+    grid = spacing.grid(schedule, steps, spacing_name)
+    last = grid.steps if stop is None else stop
+    if not 0 <= start < last <= grid.steps:
+        raise ConfigError(
+            f"The part from {start} to {last} of {grid.steps} steps is empty.", where="start", mend="Widen it."
+        )
+    built = on_grid(name, grid, prediction, chosen, start=start, stop=stop)
+    return dataclasses.replace(built, f=bound, quantile=quantile)
 
 
-Network = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x (B,...), t (B,), rows (B,) int64: which requests these are) -> y (B,...)."""
-NoiseSource = Callable[[Sequence[int], int], Tensor]
-"""(requests, table row) -> fresh N(0, I) of shape (len(requests), ...)."""
+def on_grid(
+    name: str,
+    grid: spacing.Grid,
+    prediction: str,
+    options: solvers.Options | None = None,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+) -> Table:
+    """The rows of a solver over given noise levels. A `stop` cuts the grid: the rows before it know nothing of what follows."""
+    if prediction == "epsilon" and bool((grid.alpha[start : grid.steps] == 0).any()):
+        raise ConfigError(
+            "Noise prediction says nothing of x_0 where alpha is 0.",
+            where="prediction",
+            mend="Use a model that predicts v or x0, or a schedule without zero terminal SNR.",
+        )
+    if stop is not None and stop < grid.steps:
+        grid = spacing.Grid(alpha=grid.alpha[: stop + 1], sigma=grid.sigma[: stop + 1], t=grid.t[: stop + 1])
+    every = solvers.DISCRETE | solvers.EXPLODING | solvers.FLOW | solvers.FOR_PARITY
+    return every[name](grid, prediction, options or solvers.Options(), start)
 
 
-def execute(tables: Sequence[Table], noise_B: Tensor, network: Network, fresh_noise: NoiseSource) -> Tensor:
-    """Run every request's table to its end, in one batch, and return the final latents (B, ...).
+def _check(schedule: AnySchedule, prediction: str, bound: str, quantile: float) -> None:
+    fitting = _PREDICTIONS[type(schedule)]
+    if prediction not in fitting:
+        raise ConfigError(
+            f"Prediction {prediction!r} does not fit this schedule.",
+            where="prediction",
+            mend=f"Use {' or '.join(fitting)}.",
+        )
+    if bound not in _BOUNDS:
+        raise ConfigError(f"There is no bound {bound!r}.", where="bound", mend=f"Use one of {', '.join(_BOUNDS)}.")
+    if not 0 < quantile <= 1:
+        raise ConfigError(f"The quantile is {quantile}.", where="quantile", mend="Choose one in (0, 1].")
+
+
+def _options(given: dict[str, Any]) -> solvers.Options:
+    known = [field.name for field in dataclasses.fields(solvers.Options)]
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"There is no option {key!r}.", where=key, mend=f"Known: {', '.join(known)}.")
+    chosen = solvers.Options(**given)
+    for key, ok, wanted in (
+        ("eta", 0 <= chosen.eta <= 1, "0 to 1"),
+        ("order", chosen.order in (1, 2, 3), "1, 2 or 3"),
+        ("variant", chosen.variant in _VARIANTS, "bh1 or bh2"),
+        ("inner_steps", chosen.inner_steps >= 1, "1 or more"),
+        ("step_size", 0 < chosen.step_size < 1, "between 0 and 1"),
+        ("heun_ratio", chosen.heun_ratio > 1, "more than 1"),
+    ):
+        if not ok:
+            raise ConfigError(f"{key} is {getattr(chosen, key)!r}.", where=key, mend=f"Choose {wanted}.")
+    return chosen
+
+
+def start_of(strength: float, steps: int) -> int:
+    """The interval at which picture-to-picture starts: `strength` of the steps remain, at least one.
+
+    Raises ConfigError outside (0, 1].
+    """
+    if not 0 < strength <= 1:
+        raise ConfigError(f"strength is {strength}.", where="strength", mend="Choose more than 0, up to 1.")
+    return steps - min(max(round(steps * strength), 1), steps)
+
+
+def sample(
+    denoise: Callable[[Tensor, Tensor], Tensor],
+    noise: Tensor,
+    schedule: AnySchedule,
+    sampler: str = "dpmpp_2m",
+    steps: int = 20,
+    *,
+    prediction: str = "epsilon",
+    generator: torch.Generator | None = None,
+    **settings: Any,
+) -> Tensor:
+    """Draw with one sampler: from N(0, I) latents (B, ...) to clean ones.
 
     Args:
-        tables: one per request; their lengths may differ.
-        noise_B: the initial N(0, I) latents, (B, ...), float32 or float64; the state keeps this dtype.
+        denoise: the guided network, (x (B, ...), t (B,)) -> y (B, ...); what y is, `prediction` says.
+        generator: of the stochastic samplers' noise.
+        settings: further arguments of `table`.
+
+    Raises ConfigError as `table` does, before the first step; ConfigError too where `noise` is not finite.
     """
-    x, history = noise_B.clone(), [torch.zeros_like(noise_B) for _ in range(3)]
-    wide = (-1, *([1] * (noise_B.ndim - 1)))
-    for row in range(max(len(t) for t in tables)):
-        active = [i for i, one in enumerate(tables) if row < len(one)]
-        index = torch.tensor(active, device=x.device)
-        columns = torch.stack([tables[i].coefficients[row] for i in active]).to(x.device, x.dtype)
-        ax, a1, a2, a3, am, ay, az, px, py = (c.view(wide) for c in columns.unbind(1))
-        t = torch.stack([tables[i].t[row] for i in active]).to(x.device, torch.float32)
-        now, (h1, h2, h3) = x[index], (h[index] for h in history)
-        y = network(now, t, index).to(x.dtype)
-        m = px * now + py * y
-        clamp = torch.tensor([tables[i].f == CLAMP for i in active], device=x.device).view(wide)
-        m = torch.where(clamp, m.clamp(-1, 1), m)
-        after = ax * now + am * m + ay * y + a1 * h1 + a2 * h2 + a3 * h3
-        if bool((columns[:, COLUMNS.index("az")] != 0).any()):
-            after = after + az * fresh_noise(active, row).to(x.device, x.dtype)
-        x[index] = after
-        for slot, value in zip(history, (m, h1, h2), strict=True):
-            slot[index] = value
-    return x
+    if not noise.is_floating_point() or not math.isfinite(float(noise.abs().sum())):
+        raise ConfigError("The starting noise is not finite.", where="noise", mend="Give finite numbers.")
+    one = table(sampler, schedule, prediction, steps, **settings)
+
+    def network(x: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        return denoise(x, t)
+
+    def fresh(rows: Sequence[int], row: int) -> Tensor:
+        return torch.randn(noise[: len(rows)].shape, generator=generator, dtype=noise.dtype, device=noise.device)
+
+    return execute([one] * len(noise), noise, network, fresh)
+
+
+__all__ = ["Slots", "Table", "execute", "names", "on_grid", "sample", "start_of", "table"]

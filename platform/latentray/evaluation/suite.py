@@ -36,7 +36,7 @@ def evaluate(config: Evaluate) -> str:
     model = TextToImage.load(model_uri, device=config.device)
     settings = SamplerSettings(
         sampler=config.sampler or model.defaults.sampler,
-        steps=config.steps or model.defaults.steps,
+        steps=model.defaults.steps if config.steps is None else config.steps,
         guidance_scale=model.defaults.guidance_scale if config.guidance_scale is None else config.guidance_scale,
     )
     limit = max(config.samples, config.heldout_samples)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,37 +13,20 @@ from torch import Tensor
 
 from latentray import build, randomness
 from latentray.diffusion import guidance, samplers, schedules
+from latentray.diffusion.executor import Slots, Table
+from latentray.diffusion.schedules import RectifiedFlow
 from latentray.errors import ConfigError
-from latentray.inference import model_folder
+from latentray.inference import editing, model_folder
 from latentray.inference.model_folder import Model, SamplingDefaults
+from latentray.inference.requests import SampledPicture, SamplingRequest
 from latentray.randomness import Purpose
 from latentray.records import TextEmbedding
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingRequest:
-    """One picture to draw. `height` and `width` are in pixels, multiples of the model's downsampling."""
-
-    prompt: str
-    negative_prompt: str = ""
-    steps: int
-    guidance_scale: float
-    seed: int
-    sampler: str
-    height: int
-    width: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SampledPicture:
-    """A drawn picture, uint8 RGB (H,W,3); `truncated` where the prompt was longer than the tokenizer takes."""
-
-    pixels_HWC: np.ndarray
-    truncated: bool
+__all__ = ["SampledPicture", "SamplingRequest", "TextToImage"]
 
 
 class TextToImage:
-    """A model ready to sample.
+    """A model ready to sample, from text alone or from a picture and a mask besides.
 
     The same request gives the same picture whatever else is in the batch, up to the rounding of another batch size: the
     initial latent and every fresh noise are keyed by the request's seed.
@@ -85,46 +69,128 @@ class TextToImage:
     def max_steps(self) -> int:
         return self.schedule.timesteps
 
+    @property
+    def takes_mask(self) -> bool:
+        """Whether the denoiser was made for inpainting: latent, mask and masked picture as 2 C + 1 channels."""
+        return self.denoiser.config.in_channels == 2 * self.autoencoder.config.latent_channels + 1
+
     @torch.inference_mode()
     def sample(self, requests: Sequence[SamplingRequest]) -> list[SampledPicture]:
-        """Draw a batch. Samplers, steps, guidance and seeds may differ; height and width must be the same.
+        """Draw a batch. Samplers, steps, guidance, seeds and edits may differ; height and width must be the same.
 
         Raises ConfigError for mixed sizes, a size the autoencoder cannot divide, or a sampler that does not fit.
         """
-        pixels = self.decode(self.latents(requests))
-        cut = [self.model.text_encoder.is_truncated(r.prompt) for r in requests]
-        return [SampledPicture(pixels_HWC=p, truncated=t) for p, t in zip(pixels, cut, strict=True)]
+        pixels = editing.keep_outside(self.decode(self.latents(requests)), requests)
+        return [
+            SampledPicture(
+                pixels_HWC=p,
+                truncated=self.model.text_encoder.is_truncated(r.prompt),
+                warnings=self._warnings(r),
+            )
+            for p, r in zip(pixels, requests, strict=True)
+        ]
+
+    def check(self, request: SamplingRequest) -> None:
+        """Raises ConfigError, as `sample` would, without drawing."""
+        self._latent_shape([request])
+        self._table(request, None, None)
 
     @torch.inference_mode()
-    def latents(self, requests: Sequence[SamplingRequest]) -> Tensor:
-        """Normalised latents of a batch of requests, (B,C,h,w) float32."""
+    def latents(
+        self,
+        requests: Sequence[SamplingRequest],
+        *,
+        start: int | None = None,
+        stop: int | None = None,
+        begin_with: Tensor | None = None,
+    ) -> Tensor:
+        """Normalised latents of a batch of requests, (B,C,h,w) float32.
+
+        Args:
+            start, stop: run only these intervals of each request's steps: one model of several (see `refinement`).
+            begin_with: the noisy latents another model stopped at; wanted with `start`.
+        """
         shape = self._latent_shape(requests)
-        tables = [samplers.table(r.sampler, self.schedule, self.model.objective.prediction, r.steps) for r in requests]
+        edits = [editing.encode(self, r) for r in requests]
+        tables = [self._table(r, start, stop) for r in requests]
         seeds = [r.seed for r in requests]
         noise = randomness.normal(randomness.keys_from_seeds(seeds, Purpose.INITIAL_LATENT), shape).to(self.device)
-        positive = self.embed([r.prompt for r in requests])
-        negative = self.embed([r.negative_prompt for r in requests])
-        scale = torch.tensor([r.guidance_scale for r in requests], device=self.device)
-
-        def network(x: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-            x = x.to(self.dtype)
-            if bool((scale[rows] == 1).all()):
-                return self.denoiser(x, t, positive[rows])
-            both = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), torch.cat([negative[rows], positive[rows]]))
-            without, with_text = both.float().chunk(2)
-            return guidance.classifier_free(without, with_text, scale[rows])
+        begin = noise if begin_with is None else begin_with.to(noise)
+        slots = Slots(len(requests), shape, dtype=torch.float32, device=self.device)
+        for i, (table, edit) in enumerate(zip(tables, edits, strict=True)):
+            slots.admit(i, table, begin[i] if begin_with is not None else edit.begin(table, noise[i]))
+        scales = [self._scales(r, table) for r, table in zip(requests, tables, strict=True)]
+        guided = _Guided(self, requests, edits)
 
         def fresh_noise(rows: Sequence[int], row: int) -> Tensor:
             keys = randomness.keys_from_seeds([seeds[i] for i in rows], Purpose.SAMPLER_NOISE, counter=row)
             return randomness.normal(keys, shape)
 
-        return samplers.execute(tables, noise, network, fresh_noise)
+        while active := slots.unfinished():
+            now = [scales[i][slots.row(i)] for i in active]
+            slots.advance(active, functools.partial(guided, scales=now), fresh_noise)
+            for i in active:
+                if edits[i].mask_hw is not None:
+                    edits[i].restore(slots.x[i], noise[i], *self._level(tables[i], slots.row(i)))
+        return slots.x
+
+    def _table(self, request: SamplingRequest, start: int | None, stop: int | None) -> Table:
+        schedule = self.schedule
+        if request.resolution_shift and isinstance(schedule, RectifiedFlow):
+            shift = schedules.shift_for(
+                request.height * request.width, trained_at=self.size * self.size, shift=schedule.shift
+            )
+            schedule = dataclasses.replace(schedule, shift=shift)
+        if start is None:
+            start = samplers.start_of(request.strength, request.steps)
+        return samplers.table(
+            request.sampler,
+            schedule,
+            self.model.objective.prediction,
+            request.steps,
+            spacing_name=request.spacing,
+            start=start,
+            stop=stop,
+            bound=request.bound,
+            quantile=request.quantile,
+            eta=request.eta,
+            order=request.order,
+        )
+
+    def _scales(self, request: SamplingRequest, table: Table) -> list[float]:
+        """The guidance scale of each row: outside its interval it is 1, and costs no second network pass."""
+        alpha, sigma = self.schedule.alpha_sigma(table.t)
+        wanted = torch.full_like(alpha, request.guidance_scale)
+        low, high = (torch.full_like(alpha, end) for end in request.guidance_interval)
+        return guidance.within(wanted, sigma / alpha, low, high).tolist()
+
+    def _level(self, table: Table, row: int) -> tuple[float, float]:
+        """(alpha, sigma) of a request's latent before its next row; clean after the last."""
+        if row == len(table):
+            return 1.0, 0.0
+        alpha, sigma = self.schedule.alpha_sigma(table.t[row])
+        return float(alpha), float(sigma)
 
     @torch.inference_mode()
     def decode(self, z_BChw: Tensor) -> np.ndarray:
         """Normalised latents -> pictures, uint8 (B,H,W,3)."""
         x = self.autoencoder.decode(self.model.scale.restore(z_BChw).to(self.dtype)).float()
         return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+    @torch.inference_mode()
+    def encode(self, pixels_HWC: np.ndarray) -> Tensor:
+        """A picture, uint8 (H,W,3) -> its normalised latent (C,h,w) float32: the posterior's mean."""
+        x = torch.tensor(pixels_HWC).permute(2, 0, 1)[None].to(self.device, self.dtype)
+        return self.model.scale.normalise(self.autoencoder.encode(x / 127.5 - 1).mean_BChw.float())[0]
+
+    def _warnings(self, request: SamplingRequest) -> tuple[str, ...]:
+        small, large = min(request.height, request.width), max(request.height, request.width)
+        if small == large == self.size:
+            return ()
+        what = f"{request.width}x{request.height} is not the trained {self.size}x{self.size}: "
+        effect = "objects may repeat" if large > self.size else "pictures may be cut off or coarse"
+        remedy = "; resolution_shift=true may help" if isinstance(self.schedule, RectifiedFlow) else ""
+        return (what + effect + remedy + ".",)
 
     def _latent_shape(self, requests: Sequence[SamplingRequest]) -> tuple[int, int, int]:
         sizes = {(r.height, r.width) for r in requests}
@@ -149,6 +215,30 @@ class TextToImage:
         while len(self._embeddings) > 4096:
             self._embeddings.popitem(last=False)
         return tokens.to(self.device, self.dtype)
+
+
+class _Guided:
+    """The denoiser with each request's text, mask channels and guidance; both passes of guidance in one batched call."""
+
+    def __init__(self, model: TextToImage, requests: Sequence[SamplingRequest], edits: Sequence[editing.Edit]) -> None:
+        self.model = model
+        self.positive = model.embed([r.prompt for r in requests])
+        self.negative = model.embed([r.negative_prompt for r in requests])
+        self.rescale = torch.tensor([r.guidance_rescale for r in requests], device=model.device)
+        self.rescales = any(r.guidance_rescale for r in requests)
+        self.channels = torch.stack([e.channels() for e in edits]).to(model.dtype) if model.takes_mask else None
+
+    def __call__(self, x: Tensor, t: Tensor, rows: Tensor, *, scales: Sequence[float]) -> Tensor:
+        x = x.to(self.model.dtype)
+        if self.channels is not None:
+            x = torch.cat([x, self.channels[rows]], dim=1)
+        positive = self.positive[rows]
+        if all(scale == 1 for scale in scales):
+            return self.model.denoiser(x, t, positive)
+        both = self.model.denoiser(torch.cat([x, x]), torch.cat([t, t]), torch.cat([self.negative[rows], positive]))
+        without, with_text = both.float().chunk(2)
+        guided = guidance.classifier_free(without, with_text, torch.tensor(scales).to(x.device, non_blocking=True))
+        return guidance.rescale(guided, with_text, self.rescale[rows]) if self.rescales else guided
 
 
 def _fast_dtype(device: torch.device) -> torch.dtype:

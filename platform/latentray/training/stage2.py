@@ -16,7 +16,7 @@ from latentray.data.shards import IndexedShards
 from latentray.diffusion import losses, schedules, timesteps
 from latentray.models.autoencoder import Posterior
 from latentray.models.unet import UNet
-from latentray.randomness import Purpose
+from latentray.randomness import Purpose, mix
 from latentray.records import LatentBatch
 from latentray.tracking import names
 from latentray.training import export
@@ -58,9 +58,11 @@ class DiffusionStage:
         )
 
     def micro_batches(self, batch: LatentBatch, size: int) -> Iterator[LatentBatch]:
+        first = self.worker.config.global_batch_size * self.worker.rank // self.worker.world
         for i in range(0, len(batch.ids), size):
             part = slice(i, i + size)
             yield LatentBatch(
+                first_slot=first + i,
                 mean_BChw=batch.mean_BChw[part],
                 logvar_BChw=batch.logvar_BChw[part],
                 text=batch.text.rows(part),
@@ -79,10 +81,13 @@ class DiffusionStage:
             noise = randomness.normal(keys(Purpose.POSTERIOR), latent.shape[1:])
             latent = Posterior(mean_BChw=latent, logvar_BChw=batch.logvar_BChw.to(device)).draw(noise)
         x0 = self.store.scale.normalise(latent)
-        t = timesteps.from_uniform(self.objective, self.schedule, randomness.uniform(keys(Purpose.TIMESTEP)))
-        noised = losses.noised(
-            self.objective, self.schedule, x0, randomness.normal(keys(Purpose.NOISE), x0.shape[1:]), t
-        )
+        u = self._spread(randomness.uniform(keys(Purpose.TIMESTEP)), batch, samples)
+        t = timesteps.from_uniform(self.objective, self.schedule, u)
+        noise = randomness.normal(keys(Purpose.NOISE), x0.shape[1:])
+        if self.objective.offset_noise:
+            offset = randomness.normal(keys(Purpose.OFFSET_NOISE), x0.shape[1:2])
+            noise = losses.offset_noise(noise, offset, self.objective.offset_noise)
+        noised = losses.noised(self.objective, self.schedule, x0, noise, t)
         dropped = randomness.uniform(keys(Purpose.CAPTION_DROPOUT)) < self.stage.caption_dropout
         context = torch.where(dropped[:, None, None], self.empty.tokens_BLD, batch.text.tokens_BLD.to(device))
         dtype = self.engine.dtype
@@ -91,6 +96,13 @@ class DiffusionStage:
         self.engine.backward(loss)
         self.engine.step()
         return {names.TRAIN_LOSS: loss.detach()}
+
+    def _spread(self, u_B: Tensor, batch: LatentBatch, samples: int) -> Tensor:
+        """The timestep draws of a micro-batch, spread over the global batch that begins at `samples`."""
+        size = self.worker.config.global_batch_size
+        slots = torch.arange(batch.first_slot, batch.first_slot + len(batch.ids))
+        shift = mix(self.worker.config.seed, Purpose.TIMESTEP_SHIFT, samples // size) * 2.0**-64
+        return timesteps.spread_over_batch(self.objective, u_B, slots, shift, size)
 
     def finish(self, ema: EMA) -> export.Exported | None:
         """The model folder of the averaged weights; on rank 0 only, but every rank calls it."""

@@ -180,6 +180,7 @@ def test_the_split_is_stable_and_never_empty():
         assert {name: len(part) for name, part in two.items()} == {"train": 1, "validation": 1}
     assert list(shard_building.split_entries(many, 0.0, 0)) == ["train"]
     assert list(shard_building.split_entries(many[:1], 0.5, 0)) == ["train"]
+    assert len(shard_building.split_entries(many[:200], 0.02, 0)["validation"]) >= 8  # enough for FID to exist
 
 
 @pytest.fixture

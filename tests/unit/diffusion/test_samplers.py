@@ -1,7 +1,6 @@
 """Samplers: orders of convergence on a Gaussian whose score is known, diffusers' trajectories, and mixed batches."""
 
 import math
-import types
 
 import pytest
 import torch
@@ -15,6 +14,8 @@ from diffusers import (
 
 from latentray.diffusion import parameterization, samplers, schedules
 from latentray.diffusion.schedules import RectifiedFlow
+from latentray.diffusion.solvers import Options
+from latentray.diffusion.spacing import Grid
 from latentray.errors import ConfigError
 
 VP = schedules.scaled_linear(1000)
@@ -49,8 +50,8 @@ def error(name, prediction, steps):
         return (1 - angle.sin(), angle.sin()) if flow else (angle.cos(), angle.sin())
 
     alpha, sigma = alpha_sigma(angle)
-    grid = types.SimpleNamespace(alpha=alpha, sigma=sigma, t=angle, steps=steps)  # Heun asks for the last angle too
-    table = (samplers._FLOW if flow else samplers._DISCRETE)[name](grid, prediction)
+    grid = Grid(alpha=alpha, sigma=sigma, t=angle)  # Heun asks for the last angle too
+    table = samplers.on_grid(name, grid, prediction, Options(lower_order_final=False))
     spread = ((alpha * STD).square() + sigma.square()).sqrt()
     x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(1, 9)
     got = samplers.execute([table], x, exact_network(prediction, alpha_sigma), no_noise)
@@ -206,7 +207,7 @@ def test_the_input_noise_is_left_alone():
 
 
 def test_a_clamp_bounds_x0():
-    table = samplers.table("ddim", VP, "x0", 3, clip=True)
+    table = samplers.table("ddim", VP, "x0", 3, bound="clamp")
     wild = samplers.execute([table], start(), lambda x, t, rows: torch.full_like(x, 9.0), no_noise)
     torch.testing.assert_close(wild, torch.ones_like(wild))  # the last row is x_0 itself
     free = samplers.table("ddim", VP, "x0", 3)

@@ -1,5 +1,7 @@
 """Schedules: diffusers' numbers, fractional timesteps, and rectified flow in closed form."""
 
+import math
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -53,3 +55,40 @@ def test_rectified_flow_is_a_straight_path():
     s = torch.tensor([0.0, 0.5, 1.0])
     torch.testing.assert_close(flow.shifted(s), torch.tensor([0.0, 0.75, 1.0]))
     assert torch.equal(schedules.RectifiedFlow().shifted(s), s)
+
+
+def test_zero_terminal_snr_has_levels_at_whole_fractional_timesteps():
+    """A sampler keeps timesteps as float64: 999.0 must be what 999 is, although ln(SNR) is infinite there."""
+    schedule = schedules.zero_terminal_snr(schedules.scaled_linear(1000))
+    whole = torch.tensor([0, 500, 998, 999])
+    torch.testing.assert_close(schedule.alpha_sigma(whole.double()), schedule.alpha_sigma(whole), rtol=0, atol=0)
+    assert [float(v) for v in schedule.alpha_sigma(torch.tensor(999.0))] == [0.0, 1.0]
+
+
+def test_zero_terminal_snr_is_the_published_algorithm():
+    """Lin et al. 2024, algorithm 1, step by step from beta."""
+    plain = schedules.scaled_linear(1000)
+    abar = plain.alphas_cumprod
+    beta = 1 - abar / torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+    root = torch.cumprod(1 - beta, dim=0).sqrt()
+    first, last = root[0].clone(), root[-1].clone()
+    root = (root - last) * first / (first - last)
+    torch.testing.assert_close(schedules.zero_terminal_snr(plain).alphas_cumprod, root.square(), rtol=1e-9, atol=1e-15)
+
+
+def test_the_variance_exploding_schedule_keeps_the_networks_input_at_unit_variance():
+    schedule = schedules.VarianceExploding(sigma_min=0.01, sigma_max=50.0, sigma_data=0.5)
+    s = torch.logspace(-2, math.log10(50), 20, dtype=torch.float64)
+    alpha, sigma = schedule.alpha_sigma(schedule.time_of(s))
+    torch.testing.assert_close(sigma / alpha, s, rtol=1e-12, atol=0)
+    torch.testing.assert_close((0.5 * alpha).square() + sigma.square(), torch.ones(20, dtype=torch.float64))
+
+
+def test_the_resolution_shift_keeps_the_noise_of_a_constant_picture():
+    """Esser et al. 2024, equation 23: with n values of one colour, its uncertainty is s / ((1 - s) sqrt(n))."""
+    shift = schedules.shift_for(64 * 64, trained_at=32 * 32)
+    assert shift == 2.0
+    s = torch.linspace(0.05, 0.95, 10, dtype=torch.float64)
+    shifted = schedules.RectifiedFlow(shift=shift).shifted(s)
+    torch.testing.assert_close(shifted / (1 - shifted) / 64, s / (1 - s) / 32)
+    assert schedules.shift_for(32 * 32, trained_at=32 * 32, shift=3.0) == 3.0

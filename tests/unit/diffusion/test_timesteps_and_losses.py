@@ -1,5 +1,7 @@
 """The timestep draw covers its range; after weighting, losses of all predictions are the same loss."""
 
+import math
+
 import pytest
 import torch
 
@@ -91,3 +93,46 @@ def test_objectives_that_contradict_themselves_are_refused(values):
     with pytest.raises(ConfigError) as caught:
         ObjectiveConfig(**values)
     assert caught.value.where.startswith("objective")
+
+
+def test_offset_noise_adds_a_constant_of_its_strength_to_each_channel():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 3, 4, 4, generator=generator)
+    offset = torch.randn(2, 3, generator=generator)
+    out = losses.offset_noise(noise, offset, 0.1)
+    torch.testing.assert_close(out - noise, (0.1 * offset)[:, :, None, None].expand_as(noise), rtol=1e-4, atol=1e-6)
+    assert torch.equal(losses.offset_noise(noise, offset, 0.0), noise)
+
+
+def test_variance_exploding_draws_stay_between_its_ends():
+    for draw in ("uniform", "log_normal"):
+        config, schedule = of(schedule="ve", prediction="edm", timestep_draw=draw, draw_mean=-1.2, draw_std=1.2)
+        t = timesteps.from_uniform(config, schedule, torch.cat([U, torch.tensor([1.0])]))
+        s = torch.exp(t / schedules.TIME_PER_LOG_SIGMA)
+        assert float(s.min()) >= 0.002 * (1 - 1e-9) and float(s.max()) <= 80 * (1 + 1e-9)
+        assert float(s.median().log()) == pytest.approx(
+            -1.2 if draw == "log_normal" else 0.5 * math.log(0.002 * 80), abs=0.02
+        )
+
+
+def test_mode_draws_at_scale_zero_are_uniform_and_prefer_the_middle_above():
+    flat, peaked = (
+        timesteps.from_uniform(
+            *of(schedule="flow", prediction="flow", timestep_draw="mode", mode_scale=scale), U[1:-1].double()
+        )
+        for scale in (0.0, 1.29)
+    )
+    torch.testing.assert_close(flat, 1000 * (1 - U[1:-1].double()), rtol=0, atol=1e-6 * 1000 + 0.02)
+    middle = [float(((t > 400) & (t < 600)).double().mean()) for t in (flat, peaked)]
+    assert middle[0] == pytest.approx(0.2, abs=1e-3)
+    assert middle[1] > 0.3
+
+
+@pytest.mark.parametrize("weighting", ["min_snr", "soft_min_snr"])
+def test_weights_are_refused_where_they_are_not_defined(weighting):
+    from latentray.errors import ConfigError
+
+    for schedule, prediction in (("flow", "flow"), ("ve", "edm")):
+        with pytest.raises(ConfigError) as caught:
+            ObjectiveConfig(schedule=schedule, prediction=prediction, weighting=weighting)
+        assert caught.value.where == "objective.weighting"

@@ -7,49 +7,25 @@ import pytest
 import torch
 
 from latentray import build
-from latentray.checkpoint import manifest, store, weights
-from latentray.conditioning import text, tiny_text_encoder
+from latentray.checkpoint import manifest, store
 from latentray.config.autoencoder import AutoencoderConfig
 from latentray.config.denoiser import DenoiserConfig
 from latentray.config.objective import ObjectiveConfig
-from latentray.config.text_encoder import TinyTextEncoderConfig
 from latentray.errors import ArtifactError, ConfigError, DigestMismatch, InputMissing
 from latentray.inference import model_folder
 from latentray.inference.sampling import SamplingRequest, TextToImage
-from latentray.models.autoencoder import KLAutoencoder, LatentScale
+from latentray.models.autoencoder import LatentScale
 from latentray.models.unet import UNet
 
+DEFAULTS = model_folder.SamplingDefaults(sampler="ddim", steps=3, guidance_scale=2.0)
 AUTOENCODER = AutoencoderConfig(channels=[8, 8], blocks=1, groups=4, attention=False)
 DENOISER = DenoiserConfig(channels=[8, 8], blocks=1, depth=[1, 0], heads=2, context_width=16, groups=4)
-DEFAULTS = model_folder.SamplingDefaults(sampler="ddim", steps=3, guidance_scale=2.0)
 SCALE = LatentScale(shift=0.25, scale=3.0)
 
 
 @pytest.fixture(scope="module")
-def uri(tmp_path_factory):
-    root = tmp_path_factory.mktemp("model")
-    (root / "encoder").mkdir()
-    tiny_text_encoder.write(
-        root / "encoder",
-        ["a red circle", "a blue square"],
-        TinyTextEncoderConfig(width=16, layers=1, heads=2, max_tokens=8),
-    )
-    weights.save(root / "autoencoder.safetensors", build.seeded(lambda: KLAutoencoder(AUTOENCODER), 0).state_dict())
-    (root / "built").mkdir()
-    model_folder.write(
-        root / "built",
-        autoencoder_config=AUTOENCODER,
-        autoencoder_weights=root / "autoencoder.safetensors",
-        scale=SCALE,
-        denoiser_config=DENOISER,
-        denoiser_state=build.seeded(lambda: UNet(DENOISER), 1).state_dict(),
-        objective=ObjectiveConfig(prediction="v"),
-        text_encoder=text.load(str(root / "encoder")),
-        defaults=DEFAULTS,
-        size=16,
-    )
-    manifest.publish(root / "built", root / "published", kind="model")
-    return str(root / "published")
+def uri(write_model):
+    return write_model(ObjectiveConfig(prediction="v"))
 
 
 @pytest.fixture(scope="module")

@@ -9,20 +9,21 @@ import pytest
 from latentray.checkpoint import manifest
 from latentray.config.serve import ServeConfig
 from latentray.errors import ArtifactError, ConfigError, RequestRefused
+from latentray.inference.requests import SamplingRequest
 from serving import loading
-from serving.messages import Picture, PictureRequest
+from serving.messages import Picture
 
 
-def asked(**fields) -> PictureRequest:
+def asked(**fields) -> SamplingRequest:
     base = {"prompt": "x", "steps": 3, "guidance_scale": 1.0, "seed": 0, "sampler": "ddim", "height": 64, "width": 64}
-    return PictureRequest(**base | fields)
+    return SamplingRequest(**base | fields)
 
 
 def test_a_request_is_field_for_field_what_the_sampler_takes():
     sampling = pytest.importorskip("latentray.inference.sampling")
     ours, theirs = (
         {field.name: field.default for field in dataclasses.fields(kind)}
-        for kind in (PictureRequest, sampling.SamplingRequest)
+        for kind in (SamplingRequest, sampling.SamplingRequest)
     )
     assert ours == theirs
     taken = {field.name for field in dataclasses.fields(Picture)} - {"release_id"}

@@ -1,0 +1,187 @@
+"""What `python -m jobs.sample` does: requests from its settings, drawn and laid out on one sheet."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from latentray.checkpoint import store
+from latentray.config import compose
+from latentray.config.sample import Sample
+from latentray.data import decode
+from latentray.errors import InputMissing, SampleRejected
+from latentray.inference import refinement
+from latentray.inference.requests import SamplingRequest
+from latentray.inference.sampling import TextToImage
+from latentray.registry import versions
+from latentray.reporting import pictures
+from latentray.reporting.progress import Progress
+
+_GUIDANCE = (1.0, 2.0, 4.0, 7.0, 10.0, 15.0)
+_STEPS = (2, 4, 8, 12, 20, 40)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sheet:
+    """Requests in rows, left to right, and what stands beside and above them."""
+
+    requests: list[SamplingRequest]
+    columns: int
+    row_labels: list[str] | None = None
+    column_labels: list[str] | None = None
+    captions: list[str] | None = None
+
+
+def draw(config: Sample) -> str:
+    """Draw what the settings ask for and return the PNG's path.
+
+    Raises InputMissing for a release, picture or file of prompts that is not there, ConfigError for settings that do not fit
+    the model; all before the first step.
+    """
+    prompts = _prompts(config)
+    uri = _model_uri(config)
+    picture, mask = _pixels(config.picture, "picture"), _pixels(config.mask, "mask")
+    model = TextToImage.load(uri, device=config.device)
+    refiner = TextToImage.load(store.absolute(config.refiner), device=config.device) if config.refiner else None
+    sheet = plan(config, model, prompts, picture, mask)
+    drawn, warnings = _draw_all(config, model, refiner, sheet.requests)
+    for warning in sorted(warnings):
+        print(f"warning: {warning}")
+    grid = pictures.grid(
+        drawn,
+        columns=sheet.columns,
+        captions=sheet.captions,
+        row_labels=sheet.row_labels,
+        column_labels=sheet.column_labels,
+        scale=2 if max(drawn[0].shape) <= 128 else 1,
+    )
+    about = compose.to_dict(config) | {"model": model.model.digest, "prompts": prompts}
+    pictures.save_png(grid, config.out, {"parameters": json.dumps(about, sort_keys=True)})
+    print(f"{len(drawn)} pictures: {config.out}", flush=True)
+    return config.out
+
+
+def plan(
+    config: Sample, model: TextToImage, prompts: Sequence[str], picture: np.ndarray | None, mask: np.ndarray | None
+) -> Sheet:
+    """The requests of a sheet, every table of theirs built once: what cannot be drawn is refused here."""
+    width, height = map(int, config.size.split("x")) if config.size else (model.size, model.size)
+    base = SamplingRequest(
+        prompt=prompts[0],
+        negative_prompt=config.negative_prompt,
+        steps=model.defaults.steps if config.steps is None else config.steps,
+        guidance_scale=model.defaults.guidance_scale if config.guidance_scale is None else config.guidance_scale,
+        seed=config.seed,
+        sampler=config.sampler or model.defaults.sampler,
+        height=height,
+        width=width,
+        eta=config.eta,
+        order=config.order,
+        spacing=config.spacing,
+        guidance_rescale=config.guidance_rescale,
+        guidance_interval=config.interval,
+        bound=config.bound,
+        quantile=config.quantile,
+        resolution_shift=config.resolution_shift,
+        picture_HWC=None if picture is None else decode.to_size(picture, height, width),
+        mask_HW=None if mask is None else decode.to_size(mask, height, width)[:, :, 0] > 127,
+        strength=1.0 if picture is None or mask is not None else config.strength,
+    )
+    seeds = range(config.seed, config.seed + config.n)
+    sheet = _LAYOUTS[config.compare](config, model, base, prompts, seeds)
+    for request in sheet.requests:
+        model.check(request)
+    return sheet
+
+
+def _plain(config: Sample, model: TextToImage, base: SamplingRequest, prompts: Sequence[str], seeds: range) -> Sheet:
+    requests = [dataclasses.replace(base, prompt=prompt, seed=seed) for prompt in prompts for seed in seeds]
+    return Sheet(requests=requests, columns=min(len(seeds), 8), captions=[r.prompt for r in requests])
+
+
+def _by_sampler(
+    config: Sample, model: TextToImage, base: SamplingRequest, prompts: Sequence[str], seeds: range
+) -> Sheet:
+    requests = [dataclasses.replace(base, sampler=name, seed=seed) for name in model.samplers for seed in seeds]
+    labels = [f"seed {seed}" for seed in seeds]
+    return Sheet(requests=requests, columns=len(seeds), row_labels=list(model.samplers), column_labels=labels)
+
+
+def _by_guidance(
+    config: Sample, model: TextToImage, base: SamplingRequest, prompts: Sequence[str], seeds: range
+) -> Sheet:
+    values = config.compare_values or _GUIDANCE
+    requests = [dataclasses.replace(base, guidance_scale=g, seed=seed) for seed in seeds for g in values]
+    return Sheet(
+        requests=requests,
+        columns=len(values),
+        row_labels=[f"seed {seed}" for seed in seeds],
+        column_labels=[f"guidance {g:g}" for g in values],
+    )
+
+
+def _by_steps(config: Sample, model: TextToImage, base: SamplingRequest, prompts: Sequence[str], seeds: range) -> Sheet:
+    values = [int(v) for v in config.compare_values] or [s for s in _STEPS if s <= model.max_steps]
+    requests = [dataclasses.replace(base, sampler=name, steps=n) for name in model.samplers for n in values]
+    return Sheet(
+        requests=requests,
+        columns=len(values),
+        row_labels=list(model.samplers),
+        column_labels=[f"{n} steps" for n in values],
+    )
+
+
+_LAYOUTS = {"none": _plain, "sampler": _by_sampler, "guidance": _by_guidance, "steps": _by_steps}
+
+
+def _draw_all(
+    config: Sample, model: TextToImage, refiner: TextToImage | None, requests: Sequence[SamplingRequest]
+) -> tuple[list[np.ndarray], set[str]]:
+    drawn: list[np.ndarray] = []
+    warnings: set[str] = set()
+    with Progress(len(requests), "drawing") as progress:
+        for i in range(0, len(requests), config.batch_size):
+            part = requests[i : i + config.batch_size]
+            if refiner is not None:
+                drawn += list(refiner.decode(refinement.latents(model, refiner, part, at=config.refine_at)))
+            else:
+                for picture in model.sample(part):
+                    drawn.append(picture.pixels_HWC)
+                    warnings.update(picture.warnings)
+            progress.update(len(drawn))
+    if any(model.model.text_encoder.is_truncated(r.prompt) for r in requests):
+        warnings.add(f"a prompt was longer than the {model.model.text_encoder.max_tokens} tokens the encoder takes")
+    return drawn, warnings
+
+
+def _prompts(config: Sample) -> list[str]:
+    if config.prompt is not None:
+        return [config.prompt]
+    path = Path(config.prompts or "")
+    if not path.is_file():
+        raise InputMissing("The file of prompts is not there.", where="prompts", mend=f"Check the path {path}.")
+    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if not lines:
+        raise InputMissing("The file of prompts is empty.", where=str(path), mend="Write one prompt a line.")
+    return lines
+
+
+def _model_uri(config: Sample) -> str:
+    if config.registry:
+        return versions.resolve(store.absolute(config.registry), config.release or "")[1]
+    return store.absolute(config.release or "")
+
+
+def _pixels(path: str | None, where: str) -> np.ndarray | None:
+    if path is None:
+        return None
+    try:
+        return decode.decode(Path(path).read_bytes(), where=path)
+    except OSError:
+        raise InputMissing("The picture is not there.", where=where, mend=f"Check the path {path}.") from None
+    except SampleRejected as error:
+        raise InputMissing(f"The picture cannot be read: {error.what}", where=where, mend="Give another.") from None

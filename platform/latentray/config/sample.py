@@ -1,0 +1,97 @@
+"""Settings of `python -m jobs.sample`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+from latentray.errors import ConfigError
+
+COMPARISONS = ("none", "sampler", "guidance", "steps")
+
+
+@dataclasses.dataclass(kw_only=True)
+class Sample:
+    """Draw pictures from a release or a model folder, in the shell."""
+
+    release: str | None = None
+    """A release's or a model's folder, path or URI; with `registry`, an alias or a release id."""
+    registry: str | None = None
+    """The registry `release` is looked up in."""
+    prompt: str | None = None
+    """What to draw."""
+    prompts: str | None = None
+    """Or a text file of prompts, one a line."""
+    negative_prompt: str = ""
+    n: int = 4
+    """Pictures of each prompt; their seeds are seed, seed + 1, ..."""
+    seed: int = 0
+    sampler: str | None = None
+    """null takes the model's default, as for steps and guidance_scale."""
+    steps: int | None = None
+    guidance_scale: float | None = None
+    guidance_rescale: float = 0.0
+    """0 to 1: against oversaturation at strong guidance."""
+    guidance_low: float = 0.0
+    """Guidance acts where sigma/alpha is above this ..."""
+    guidance_high: float | None = None
+    """... and up to this; null for no bound."""
+    bound: str = "identity"
+    """What is done to each estimate of the clean latent: identity, clamp or threshold."""
+    quantile: float = 0.995
+    """Of the dynamic threshold."""
+    spacing: str | None = None
+    """Noise levels visited: trailing, leading, linspace, karras, geometric, as the schedule has them; null for its default."""
+    eta: float = 0.0
+    """Of ddim: share of the ancestral noise."""
+    order: int = 2
+    """Of unipc."""
+    size: str | None = None
+    """Width x height in pixels, such as 96x64; null is the model's own."""
+    resolution_shift: bool = False
+    """Rectified flow: shift the noise levels for a size other than the trained one."""
+    picture: str | None = None
+    """A picture to start from."""
+    strength: float = 0.7
+    """How much of it may change, with a picture and no mask."""
+    mask: str | None = None
+    """A picture whose light part is painted anew; the rest stays as it is."""
+    refiner: str | None = None
+    """A second model that takes over at the noise level `refine_at`."""
+    refine_at: float = 0.2
+    compare: str = "none"
+    """none; or a sheet over samplers, guidance scales or step counts."""
+    compare_values: list[float] = dataclasses.field(default_factory=list)
+    """The guidance scales or step counts of the sheet; empty for usual ones."""
+    batch_size: int = 16
+    out: str = "samples.png"
+    """The PNG to write; its text chunks say how it was drawn."""
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.release:
+            raise ConfigError("A release is needed.", where="release", mend="Add release=<folder, URI or alias>.")
+        if (self.prompt is None) == (self.prompts is None):
+            raise ConfigError(
+                "Either a prompt or a file of prompts is needed.", where="prompt", mend="Add prompt='...'."
+            )
+        for key in ("n", "batch_size"):
+            if getattr(self, key) < 1:
+                raise ConfigError("It must be at least 1.", where=key, mend=f"Raise {key}.")
+        if self.compare not in COMPARISONS:
+            raise ConfigError(
+                f"There is no comparison {self.compare!r}.", where="compare", mend=f"Known: {', '.join(COMPARISONS)}."
+            )
+        if self.size is not None and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.size):
+            raise ConfigError(f"size is {self.size!r}.", where="size", mend="Write width x height, such as 96x64.")
+        if self.mask is not None and self.picture is None:
+            raise ConfigError("A mask belongs to a picture.", where="picture", mend="Add picture=<file>.")
+        if self.compare == "steps" and any(v != int(v) for v in self.compare_values):
+            raise ConfigError("Step counts are whole numbers.", where="compare_values", mend="Write them so.")
+        if not self.out.endswith(".png"):
+            raise ConfigError(f"{self.out} is no PNG.", where="out", mend="End it in .png.")
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return self.guidance_low, math.inf if self.guidance_high is None else self.guidance_high
