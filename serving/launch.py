@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import signal
 import socket
 import sys
@@ -11,6 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +230,13 @@ def _deploy(config: ServeConfig, *, first: Release, release: Release) -> None:
     _client(required=True).deploy_apps(schema)
 
 
+def cause_of(messages: Sequence[str]) -> str:
+    """The line that says why: Serve's messages end in a replica's traceback, whose last line is the error itself."""
+    ends = [text.strip().splitlines()[-1].strip() for text in messages if text.strip()]
+    named = [end for end in ends if re.match(r"[\w.]*(Error|Exception|Refused|Missing|Mismatch)\b", end)]
+    return next(iter(named or ends), "")
+
+
 def _wait_until_ready(endpoint: Endpoint) -> None:
     """Wait for /readyz. Raises EnvironmentRefused where the application fails to start or takes too long."""
     deadline = time.monotonic() + endpoint.config.start_timeout_s
@@ -235,11 +244,10 @@ def _wait_until_ready(endpoint: Endpoint) -> None:
     while time.monotonic() < deadline:
         found = ray_serve.status().applications.get(app.NAME)
         if found is not None:
-            messages = [found.message, *(d.message for d in found.deployments.values())]
-            message = next(filter(None, messages), "")
+            message = cause_of([*(d.message for d in found.deployments.values()), found.message])
             if found.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
                 raise EnvironmentRefused(
-                    f"The endpoint did not start: {message.strip()}",
+                    f"The endpoint did not start: {message}",
                     where=endpoint.base_url,
                     mend="See the cause above.",
                 )
@@ -247,7 +255,7 @@ def _wait_until_ready(endpoint: Endpoint) -> None:
                 return
         time.sleep(_POLL_S)
     raise EnvironmentRefused(
-        f"The endpoint was not ready after {endpoint.config.start_timeout_s:g} s. {message.strip()}",
+        f"The endpoint was not ready after {endpoint.config.start_timeout_s:g} s. {message}",
         where=endpoint.base_url,
         mend="Give it longer with start_timeout_s=..., or see the cluster's free CPUs and GPUs (num_cpus, num_gpus).",
     )

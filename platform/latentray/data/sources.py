@@ -85,6 +85,8 @@ def _table(path: str, config: SourceConfig) -> list[Entry]:
                     "caption_uri": None,
                 }
             )
+    except ConfigError:  # a missing column; a ValueError too
+        raise
     except (csv.Error, ValueError, OSError) as error:  # json's, unicode's and pyarrow's errors are ValueErrors
         raise DataError(f"The table cannot be read: {error}", where=path, mend="Write the table again.") from None
     return found

@@ -87,6 +87,17 @@ def test_inpainting_from_files_keeps_the_rest(release, tmp_path):
     assert not np.array_equal(drawn[top : top + 16 : 2, 4:36:2], pixels[:8])
 
 
+def test_a_refiner_ends_what_the_model_began(release, write_model, tmp_path):
+    flow = ObjectiveConfig(schedule="flow", prediction="flow")
+    refiner = write_model(flow, seed=9, sampler="flow_euler")
+    asked = [f"release={release}", "prompt=a red circle", "n=1", "steps=8"]
+    alone, same, other = (
+        np.asarray(Image.open(run(*asked, *more, f"out={tmp_path}/{name}.png")))
+        for name, more in (("alone", []), ("same", [f"refiner={release}"]), ("other", [f"refiner={refiner}"]))
+    )
+    assert np.array_equal(alone, same) and not np.array_equal(alone, other)
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
