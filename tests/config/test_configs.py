@@ -13,6 +13,7 @@ from latentray import build
 from latentray.config import compose
 from latentray.config.build_shards import BuildShards
 from latentray.config.evaluate import Evaluate
+from latentray.config.inspect_shards import InspectShards
 from latentray.config.precompute_latents import PrecomputeLatents
 from latentray.config.promote import PromoteConfig, ReleasesConfig, RollbackConfig
 from latentray.config.quickstart import Quickstart
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PRIMARY = {
     "build_shards": (BuildShards, []),
     "evaluate": (Evaluate, ["model=m", "data=d", "out=o"]),
+    "inspect_shards": (InspectShards, ["data=d"]),
     "precompute_latents": (PrecomputeLatents, ["data=d", "autoencoder_from=a", "out=o"]),
     "promote": (PromoteConfig, ["model=m", "report=r"]),
     "quickstart": (Quickstart, []),

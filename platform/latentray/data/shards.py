@@ -177,6 +177,11 @@ class IndexedShards:
         return self._table[name]
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the index's columns."""
+        return tuple(self._table.column_names)
+
+    @property
     def shard_numbers(self) -> np.ndarray:
         """Shard number of each sample, int32 (count,): what a job that works shard by shard groups by."""
         return self._shard

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from latentray.data import decode, members
+from latentray.data.inspection import spread
 from latentray.data.shards import IndexedShards
 from latentray.evaluation import metrics
 from latentray.evaluation.feature_networks import FeatureNetwork
@@ -13,11 +14,6 @@ from latentray.models.autoencoder import KLAutoencoder
 from latentray.models.perceptual import Perceptual
 
 _BATCH = 48
-
-
-def spread(count: int, wanted: int) -> list[int]:
-    """`wanted` positions (or all) spread evenly over `count`."""
-    return sorted({i * count // wanted for i in range(wanted)}) if count > wanted else list(range(count))
 
 
 def load_pictures(shards: IndexedShards, size: int, *, limit: int) -> np.ndarray:

@@ -1,0 +1,19 @@
+"""Look at a data set of pictures: counts, sizes, aspects, captions, damaged samples, and a contact sheet.
+
+python -m jobs.inspect_shards data=runs/data/shapes
+python -m jobs.inspect_shards data=s3://bucket/photos/train check=0 out=inspection
+"""
+
+import sys
+
+from latentray.config import command
+from latentray.config.inspect_shards import InspectShards
+from latentray.evaluation import data_sets
+
+
+def main() -> int:
+    return command.run("inspect_shards", InspectShards, data_sets.inspect)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

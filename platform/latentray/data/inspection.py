@@ -1,0 +1,115 @@
+"""What an indexed data set holds, in numbers: from the index alone where it can, from a spread of decoded samples else."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from latentray.data import members
+from latentray.data.shards import IndexedShards
+from latentray.errors import LatentrayError
+
+ASPECTS = (0.5, 0.67, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0)
+"""Edges of the aspect histogram, width over height; 0.95 to 1.05 counts as square."""
+
+_GOLDEN = (5**0.5 - 1) / 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoded:
+    """What reading samples showed."""
+
+    checked: int
+    caption_counts: list[int]
+    captions: list[str]
+    bad: list[dict[str, str]]
+    """`key`, `shard` and `what` of each sample that could not be read, checked or decoded."""
+    shown: list[tuple[np.ndarray, str]]
+    """Pictures, uint8 (H, W, 3), with their first captions, for a contact sheet."""
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """`wanted` positions (0: all) spread over `count`: one in each of as many equal parts.
+
+    Where in its part follows the golden ratio: a fixed stride would meet only one kind of a data set whose kinds take turns.
+    """
+    if wanted == 0 or wanted >= count:
+        return list(range(count))
+    edges = [i * count // wanted for i in range(wanted + 1)]
+    return [a + int((i * _GOLDEN) % 1 * (b - a)) for i, (a, b) in enumerate(itertools.pairwise(edges))]
+
+
+def read(shards: IndexedShards, rows: Iterable[int], *, show: int) -> Decoded:
+    """Read, check and decode samples; a bad one is listed and the rest goes on. Keeps `show` pictures, spread evenly."""
+    rows = list(rows)
+    wanted = set(spread(len(rows), min(show, len(rows)) or 1))
+    counts: list[int] = []
+    captions: list[str] = []
+    bad: list[dict[str, str]] = []
+    shown: list[tuple[np.ndarray, str]] = []
+    for place, x in enumerate(rows):
+        try:
+            sample = members.decode_sample(shards.read(x))
+            picture, texts = members.picture_of(sample), members.captions_of(sample)
+        except LatentrayError as error:
+            bad.append({"key": shards.key(x), "shard": shards.locate(x)[0].name, "what": error.what})
+            continue
+        counts.append(len(texts))
+        captions += texts
+        if place in wanted:
+            shown.append((picture, texts[0]))
+    return Decoded(checked=len(rows), caption_counts=counts, captions=captions, bad=bad, shown=shown)
+
+
+def figures(shards: IndexedShards, decoded: Decoded) -> dict[str, Any]:
+    """Counts, sizes and aspects of all samples by the index; captions and damage of the decoded ones."""
+    sizes = [entry.bytes for entry in shards.shards]
+    found: dict[str, Any] = {
+        "samples": shards.count,
+        "shards": len(shards.shards),
+        "bytes": sum(sizes),
+        "shard_bytes": _range(sizes),
+        "samples_per_shard": _range([entry.count for entry in shards.shards]),
+        "digest": shards.digest,
+        "checked": decoded.checked,
+        "bad": decoded.bad,
+    }
+    if {"width", "height"} <= set(shards.columns):
+        width, height = (shards.column(name).to_numpy().astype(np.float64) for name in ("width", "height"))
+        found |= {
+            "width": _range(width),
+            "height": _range(height),
+            "megapixels": _range(width * height / 1e6),
+            "aspects": aspect_histogram(width / height),
+        }
+    if "sha256" in shards.columns:
+        repeats = collections.Counter(shards.column("sha256").to_pylist())
+        found["exact_duplicates"] = sum(n - 1 for n in repeats.values())
+    if decoded.captions:
+        found["captions"] = {
+            "per_sample": _range(decoded.caption_counts),
+            "characters": _range([len(text) for text in decoded.captions]),
+            "words": _range([len(text.split()) for text in decoded.captions]),
+            "empty": sum(not text.strip() for text in decoded.captions),
+            "distinct_share": len(set(decoded.captions)) / len(decoded.captions),
+        }
+    return found
+
+
+def aspect_histogram(aspect_N: np.ndarray) -> dict[str, int]:
+    """How many samples lie between two edges, such as `0.8-0.95`; the ends are open."""
+    counts = np.bincount(np.searchsorted(ASPECTS, aspect_N, side="right"), minlength=len(ASPECTS) + 1)
+    inner = [f"{a:g}-{b:g}" for a, b in itertools.pairwise(ASPECTS)]
+    names = [f"<{ASPECTS[0]:g}", *inner, f">{ASPECTS[-1]:g}"]
+    return {name: int(n) for name, n in zip(names, counts, strict=True)}
+
+
+def _range(values: Sequence[float] | np.ndarray) -> dict[str, float]:
+    """Least, median and greatest."""
+    array = np.asarray(values, dtype=np.float64)
+    return {"min": float(array.min()), "median": float(np.median(array)), "max": float(array.max())}
