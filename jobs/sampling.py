@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from latentray.checkpoint import store
+from latentray.checkpoint import manifest, store
 from latentray.config import compose
 from latentray.config.sample import Sample
 from latentray.data import decode
@@ -173,7 +173,14 @@ def _prompts(config: Sample) -> list[str]:
 def _model_uri(config: Sample) -> str:
     if config.registry:
         return versions.resolve(store.absolute(config.registry), config.release or "")[1]
-    return store.absolute(config.release or "")
+    uri = store.absolute(config.release or "")
+    if not store.exists(store.join(uri, manifest.NAME)):
+        raise InputMissing(
+            "There is no release or model.",
+            where=uri,
+            mend="Check the path; an alias or a release id wants registry=<where it was promoted to> besides.",
+        )
+    return uri
 
 
 def _pixels(path: str | None, where: str) -> np.ndarray | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from latentray.checkpoint import manifest, store, weights
 from latentray.config.autoencoder import AutoencoderConfig
 from latentray.config.denoiser import DenoiserConfig
-from latentray.errors import ArtifactError
+from latentray.errors import ArtifactError, ConfigError
 from latentray.models.autoencoder import KLAutoencoder, LatentScale
 from latentray.models.unet import UNet
 
@@ -100,10 +100,16 @@ def as_dict(config: Any) -> dict[str, Any]:
 
 
 def device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one, else the CPU."""
+    """`auto` is the GPU where there is one, else the CPU. Raises ConfigError for a device this machine lacks."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    try:
+        found = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"There is no device {name!r}.", where="device", mend="Use auto, cpu or cuda.") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("This machine has no usable GPU.", where="device", mend="Use device=auto or device=cpu.")
+    return found
 
 
 def _filled(module: Net, state: Mapping[str, Tensor] | None, where: str) -> Net:

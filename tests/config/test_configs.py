@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from latentray import build
-from latentray.config import compose
+from latentray.config import compose, describe
 from latentray.config.build_shards import BuildShards
 from latentray.config.evaluate import Evaluate
 from latentray.config.inspect_shards import InspectShards
@@ -275,3 +276,22 @@ def test_the_job_runs_as_a_module():
     assert done.returncode == 2
     assert done.stderr.startswith("error: There is no 'stage' called 'autoencodr'.")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", PRIMARY)
+def test_help_says_what_each_setting_means_and_offers_only_groups_that_apply(name):
+    schema, _ = PRIMARY[name]
+    shown = describe.settings(compose.to_plain(compose.compose(name)), schema)
+    assert yaml.safe_load(shown) == compose.to_plain(compose.compose(name))
+    meanings = describe.docstrings(schema)
+    for key in yaml.safe_load(shown):
+        if key in meanings:
+            assert f"# {meanings[key]}\n{key}:" in shown
+    assert set(compose.groups_of(name)) == {group for group, taker in GROUPS.items() if taker == name} - {"debug"}
+
+
+def test_a_comma_in_a_prompt_is_told_how_to_be_quoted():
+    with pytest.raises(ConfigError) as caught:
+        compose.compose("sample", ["prompt=a red, blue circle"])
+    assert "twice" in caught.value.mend
+    assert compose.compose("sample", ["prompt='a red, blue circle'"]).prompt == "a red, blue circle"

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
-from latentray.config import compose
+from latentray.config import compose, describe
 from latentray.errors import LatentrayError
 
 Schema = TypeVar("Schema")
@@ -30,7 +30,7 @@ def run(name: str, schema: type[Schema], call: Callable[[Schema], Any], argv: Se
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
     try:
         if "--help" in args or "-h" in args:
-            _help(name, call, out)
+            _help(name, schema, call, out)
             return 0
         if "--cfg" in args:
             out.print(compose.to_yaml(compose.compose(name, [a for a in args if a != "--cfg"])), markup=False)
@@ -82,11 +82,16 @@ def known_cause(error: BaseException) -> LatentrayError | None:
     return None
 
 
-def _help(name: str, call: Callable, out: Console) -> None:
+def _help(name: str, schema: type, call: Callable, out: Console) -> None:
+    def show(text: str) -> None:
+        out.print(text, markup=False, soft_wrap=True)  # a command that is cut in two cannot be pasted
+
     module = sys.modules.get("__main__")
-    out.print(((module and module.__doc__) or call.__doc__ or "").strip(), markup=False)
-    out.print(f"\nSettings (override as key=value; defaults from conf/{name}.yaml):\n", markup=False)
-    out.print(compose.to_yaml(compose.compose(name)), markup=False)
-    out.print("Groups (override as group=name):", markup=False)
-    for group, names in compose.groups().items():
-        out.print(f"  {group}: {', '.join(names)}", markup=False)
+    show(((module and module.__doc__) or call.__doc__ or "").strip())
+    show(f"\nSettings (override as key=value; defaults from conf/{name}.yaml):\n")
+    show(describe.settings(compose.to_plain(compose.compose(name)), schema))
+    groups = compose.groups_of(name)
+    if groups:
+        show("\nGroups (override as group=name):")
+    for group, names in groups.items():
+        show(f"  {group}: {', '.join(names)}")

@@ -15,17 +15,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from latentray.errors import ConfigError
 
 Schema = TypeVar("Schema")
+_QUOTING = (
+    """Quote a value that holds , = : or brackets twice, for the shell and for Hydra: "prompt='a red, blue circle'"."""
+)
 
 
 def conf_dir() -> Path:
@@ -61,7 +65,9 @@ def compose(name: str, overrides: Sequence[str] = ()) -> DictConfig:
             OmegaConf.resolve(cfg)
             return cfg
     except HydraException as error:
-        raise ConfigError(_first_line(error), where=f"conf/{name}.yaml", mend=_mend(name)) from None
+        unread = isinstance(error, OverrideParseException) or str(error).startswith("Ambiguous value")
+        mend = _QUOTING if unread else _mend(name)
+        raise ConfigError(_first_line(error), where=f"conf/{name}.yaml", mend=mend) from None
     except OmegaConfBaseException as error:
         raise ConfigError(_first_line(error), where=getattr(error, "full_key", "") or "", mend=_mend(name)) from None
 
@@ -92,6 +98,20 @@ def from_dict(schema: type[Schema], values: dict[str, Any]) -> Schema:
 
 def to_yaml(cfg: DictConfig) -> str:
     return OmegaConf.to_yaml(cfg)
+
+
+def to_plain(cfg: DictConfig) -> dict[str, Any]:
+    """A composed configuration as plain YAML values."""
+    return OmegaConf.to_container(cfg)  # type: ignore[return-value]
+
+
+def groups_of(name: str) -> dict[str, list[str]]:
+    """The groups that a job takes: those of its defaults list."""
+    listed = yaml.safe_load((conf_dir() / f"{name}.yaml").read_text()).get("defaults", [])
+    taken = {
+        str(key).split()[-1].strip("/").split("@")[0] for entry in listed if isinstance(entry, dict) for key in entry
+    }
+    return {group: names for group, names in groups().items() if group in taken}
 
 
 def groups() -> dict[str, list[str]]:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 
+from latentray.config.bounds import check_guidance
 from latentray.errors import ConfigError
 
 COMPARISONS = ("none", "sampler", "guidance", "steps")
@@ -78,15 +79,28 @@ class Sample:
             )
         for key in ("n", "batch_size"):
             if getattr(self, key) < 1:
-                raise ConfigError("It must be at least 1.", where=key, mend=f"Raise {key}.")
+                raise ConfigError(f"{key} is {getattr(self, key)}.", where=key, mend="Choose 1 or more.")
         if self.compare not in COMPARISONS:
             raise ConfigError(
                 f"There is no comparison {self.compare!r}.", where="compare", mend=f"Known: {', '.join(COMPARISONS)}."
             )
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(f"{self.steps} steps are out of range.", where="steps", mend="Choose 1 or more.")
+        check_guidance(
+            1.0 if self.guidance_scale is None else self.guidance_scale,
+            rescale_share=self.guidance_rescale,
+            interval=self.interval,
+        )
         if self.size is not None and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.size):
             raise ConfigError(f"size is {self.size!r}.", where="size", mend="Write width x height, such as 96x64.")
         if self.mask is not None and self.picture is None:
             raise ConfigError("A mask belongs to a picture.", where="picture", mend="Add picture=<file>.")
+        if self.compare_values and self.compare not in ("guidance", "steps"):
+            raise ConfigError(
+                "Values are compared only with compare=guidance or compare=steps.",
+                where="compare_values",
+                mend="Add the one that is meant.",
+            )
         if self.compare == "steps" and any(v != int(v) for v in self.compare_values):
             raise ConfigError("Step counts are whole numbers.", where="compare_values", mend="Write them so.")
         if not self.out.endswith(".png"):

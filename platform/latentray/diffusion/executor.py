@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from latentray.diffusion.bounds import CLAMP, IDENTITY, THRESHOLD
+from latentray.config.bounds import CLAMP, IDENTITY, THRESHOLD
 
 COLUMNS = ("ax", "a1", "a2", "a3", "am", "ay", "az", "px", "py")
 _AZ = COLUMNS.index("az")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from latentray.diffusion.bounds import check_guidance as check
+from latentray.config.bounds import check_guidance as check
 
 __all__ = ["check", "classifier_free", "rescale", "within"]
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentray.config.bounds import CLAMP, IDENTITY, THRESHOLD
 from latentray.config.objective import SCHEDULES
 from latentray.diffusion import solvers, spacing
-from latentray.diffusion.bounds import CLAMP, IDENTITY, THRESHOLD
 from latentray.diffusion.executor import Slots, Table, execute
 from latentray.diffusion.schedules import AnySchedule, DiscreteVP, RectifiedFlow, VarianceExploding
 from latentray.errors import ConfigError

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from latentray.diffusion.bounds import IDENTITY, check_guidance
+from latentray.config.bounds import IDENTITY, check_guidance
 from latentray.errors import ConfigError
 
 

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from jobs import sampling
+from latentray import build
 from latentray.config import command, compose
 from latentray.config.objective import ObjectiveConfig
 from latentray.config.sample import Sample
+from latentray.errors import ConfigError
 
 
 def _models():
@@ -114,6 +117,9 @@ def test_a_refiner_ends_what_the_model_began(release, write_model, tmp_path):
         (["release=RELEASE", "prompts=none.txt"], "none.txt"),
         (["release=RELEASE", "prompt=x", "compare=seed"], "sampler, guidance, steps"),
         (["release=RELEASE", "prompt=x", "out=grid.jpg"], "png"),
+        (["release=RELEASE", "prompt=x", "device=tpu"], "device"),
+        (["release=RELEASE", "prompt=x", "compare_values=[1,2]"], "compare_values"),
+        (["release=production", "prompt=x"], "registry="),
         (["release=RELEASE", "prompt=x", "stesp=3"], "steps"),
     ],
 )
@@ -123,3 +129,11 @@ def test_a_mistake_ends_with_one_message(release, overrides, words, tmp_path, mo
     message = capsys.readouterr().err
     assert code == 2 and message.startswith("error: ") and words in message and "Traceback" not in message
     assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError) as caught:
+        build.device("cuda")
+    assert caught.value.where == "device"
+    assert build.device("auto") == torch.device("cpu")
