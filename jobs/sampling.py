@@ -34,6 +34,7 @@ class Sheet:
     row_labels: list[str] | None = None
     column_labels: list[str] | None = None
     captions: list[str] | None = None
+    title: str = ""
 
 
 def draw(config: Sample) -> str:
@@ -49,6 +50,10 @@ def draw(config: Sample) -> str:
     refiner = TextToImage.load(store.absolute(config.refiner), device=config.device) if config.refiner else None
     sheet = plan(config, model, prompts, picture, mask)
     drawn, warnings = _draw_all(config, model, refiner, sheet.requests)
+    first = sheet.requests[0]
+    for name, given in (("picture", picture), ("mask", mask)):
+        if given is not None and given.shape[:2] != (first.height, first.width):
+            warnings.add(f"the {name} was resized and cut to {first.width}x{first.height}; size= sets another")
     for warning in sorted(warnings):
         print(f"warning: {warning}")
     grid = pictures.grid(
@@ -57,6 +62,7 @@ def draw(config: Sample) -> str:
         captions=sheet.captions,
         row_labels=sheet.row_labels,
         column_labels=sheet.column_labels,
+        title=sheet.title,
         scale=2 if max(drawn[0].shape) <= 128 else 1,
     )
     about = compose.to_dict(config) | {"model": model.model.digest, "prompts": prompts}
@@ -108,7 +114,13 @@ def _by_sampler(
 ) -> Sheet:
     requests = [dataclasses.replace(base, sampler=name, seed=seed) for name in model.samplers for seed in seeds]
     labels = [f"seed {seed}" for seed in seeds]
-    return Sheet(requests=requests, columns=len(seeds), row_labels=list(model.samplers), column_labels=labels)
+    return Sheet(
+        requests=requests,
+        columns=len(seeds),
+        row_labels=list(model.samplers),
+        column_labels=labels,
+        title=_title(base, "steps", "guidance_scale"),
+    )
 
 
 def _by_guidance(
@@ -121,6 +133,7 @@ def _by_guidance(
         columns=len(values),
         row_labels=[f"seed {seed}" for seed in seeds],
         column_labels=[f"guidance {g:g}" for g in values],
+        title=_title(base, "sampler", "steps"),
     )
 
 
@@ -132,7 +145,13 @@ def _by_steps(config: Sample, model: TextToImage, base: SamplingRequest, prompts
         columns=len(values),
         row_labels=list(model.samplers),
         column_labels=[f"{n} steps" for n in values],
+        title=_title(base, "seed", "guidance_scale"),
     )
+
+
+def _title(base: SamplingRequest, *fields: str) -> str:
+    """The prompt, and what all pictures of a sheet share."""
+    return ", ".join([base.prompt, *(f"{field.replace('_', ' ')} {getattr(base, field)}" for field in fields)])
 
 
 _LAYOUTS = {"none": _plain, "sampler": _by_sampler, "guidance": _by_guidance, "steps": _by_steps}

@@ -93,6 +93,14 @@ class Sample:
         )
         if self.size is not None and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.size):
             raise ConfigError(f"size is {self.size!r}.", where="size", mend="Write width x height, such as 96x64.")
+        if self.refiner is not None and self.picture is not None:
+            raise ConfigError(
+                "A refiner ends what was begun from text, not an edit.",
+                where="picture",
+                mend="Leave out one of the two.",
+            )
+        if self.prompts is not None and self.compare != "none":
+            raise ConfigError("A sheet compares one prompt.", where="prompts", mend="Give prompt='...' instead.")
         if self.mask is not None and self.picture is None:
             raise ConfigError("A mask belongs to a picture.", where="picture", mend="Add picture=<file>.")
         if self.compare_values and self.compare not in ("guidance", "steps"):

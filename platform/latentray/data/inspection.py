@@ -44,10 +44,12 @@ def spread(count: int, wanted: int) -> list[int]:
     return [a + int((i * _GOLDEN) % 1 * (b - a)) for i, (a, b) in enumerate(itertools.pairwise(edges))]
 
 
-def read(shards: IndexedShards, rows: Iterable[int], *, show: int) -> Decoded:
-    """Read, check and decode samples; a bad one is listed and the rest goes on. Keeps `show` pictures, spread evenly."""
-    rows = list(rows)
-    wanted = set(spread(len(rows), min(show, len(rows)) or 1))
+def read(shards: IndexedShards, rows: Iterable[int], count: int, *, show: int) -> Decoded:
+    """Read, check and decode `count` samples; a bad one is listed and the rest goes on. Keeps `show` of the pictures.
+
+    `rows` is taken one by one, so that it may tell how far the reading is.
+    """
+    wanted = set(spread(count, min(show, count) or 1))
     counts: list[int] = []
     captions: list[str] = []
     bad: list[dict[str, str]] = []
@@ -63,7 +65,7 @@ def read(shards: IndexedShards, rows: Iterable[int], *, show: int) -> Decoded:
         captions += texts
         if place in wanted:
             shown.append((picture, texts[0]))
-    return Decoded(checked=len(rows), caption_counts=counts, captions=captions, bad=bad, shown=shown)
+    return Decoded(checked=count, caption_counts=counts, captions=captions, bad=bad, shown=shown)
 
 
 def figures(shards: IndexedShards, decoded: Decoded) -> dict[str, Any]:

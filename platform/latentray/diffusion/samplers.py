@@ -77,6 +77,12 @@ def table(
         )
     _check(schedule, prediction, bound, quantile)
     chosen = _options(options)
+    if name == "langevin" and stop is not None:
+        raise ConfigError(
+            "Langevin ends in a denoising step, so nothing can take over before its end.",
+            where="stop",
+            mend="Use another sampler.",
+        )
     grid = spacing.grid(schedule, steps, spacing_name)
     last = grid.steps if stop is None else stop
     if not 0 <= start < last <= grid.steps:

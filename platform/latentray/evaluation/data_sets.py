@@ -31,7 +31,7 @@ def inspect(config: InspectShards) -> list[dict[str, Any]]:
     for name, uri in _splits(store.absolute(config.data or "")).items():
         shards = IndexedShards.open(uri)
         rows = inspection.spread(shards.count, config.check)
-        decoded = inspection.read(shards, tracked(rows, len(rows), f"reading {name}"), show=config.pictures)
+        decoded = inspection.read(shards, tracked(rows, len(rows), f"reading {name}"), len(rows), show=config.pictures)
         figures = {"split": name, "uri": uri} | inspection.figures(shards, decoded)
         folder = Path(config.out)
         folder.mkdir(parents=True, exist_ok=True)

@@ -55,6 +55,19 @@ class Edit:
         return torch.cat([self.mask_hw[None], self.masked_Chw])
 
 
+def encode_all(model: TextToImage, requests: Sequence[SamplingRequest]) -> list[Edit]:
+    """What each request gives besides text; requests that share a picture and a mask share their latents."""
+    found: dict[tuple[int, int, float], Edit] = {}
+    for request in requests:
+        if _key(request) not in found:
+            found[_key(request)] = encode(model, request)
+    return [found[_key(request)] for request in requests]
+
+
+def _key(request: SamplingRequest) -> tuple[int, int, float]:
+    return id(request.picture_HWC), id(request.mask_HW), request.strength
+
+
 def encode(model: TextToImage, request: SamplingRequest) -> Edit:
     """What a request gives besides text. For a model that takes a mask, no mask means: paint everything."""
     picture, mask = request.picture_HWC, request.mask_HW

@@ -26,6 +26,10 @@ def latents(base: TextToImage, refiner: TextToImage, requests: Sequence[Sampling
     of them nothing to do.
     """
     _require_kindred(base, refiner)
+    if any(request.picture_HWC is not None for request in requests):
+        raise ConfigError(
+            "A refiner ends what was begun from text, not an edit.", where="picture", mend="Leave out one of the two."
+        )
     stops = {hand_over(base, request, at=at) for request in requests}
     if len(stops) != 1:
         raise ConfigError("The requests of one batch hand over at different steps.", where="steps", mend="Give one.")

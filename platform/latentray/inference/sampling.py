@@ -111,7 +111,7 @@ class TextToImage:
             begin_with: the noisy latents another model stopped at; wanted with `start`.
         """
         shape = self._latent_shape(requests)
-        edits = [editing.encode(self, r) for r in requests]
+        edits = editing.encode_all(self, requests)
         tables = [self._table(r, start, stop) for r in requests]
         seeds = [r.seed for r in requests]
         noise = randomness.normal(randomness.keys_from_seeds(seeds, Purpose.INITIAL_LATENT), shape).to(self.device)
@@ -123,7 +123,10 @@ class TextToImage:
         guided = _Guided(self, requests, edits)
 
         def fresh_noise(rows: Sequence[int], row: int) -> Tensor:
-            keys = randomness.keys_from_seeds([seeds[i] for i in rows], Purpose.SAMPLER_NOISE, counter=row)
+            # Counted from the first interval of the whole sampling: a refiner does not draw the base's noise again.
+            keys = randomness.keys_from_seeds(
+                [seeds[i] for i in rows], Purpose.SAMPLER_NOISE, counter=(start or 0) + row
+            )
             return randomness.normal(keys, shape)
 
         while active := slots.unfinished():

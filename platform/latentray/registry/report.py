@@ -39,7 +39,7 @@ DIRECTIONS: dict[str, Direction] = {
 }
 """Which way each metric is better; besides, `heldout_loss.t<k>` is the held-out loss at timestep k (lower)."""
 
-_LOSS_AT_TIMESTEP = re.compile(r"heldout_loss\.t\d+")
+_LOSS_AT_TIMESTEP = re.compile(r"heldout_loss\.t-?\d+")
 
 
 def direction(metric: str) -> Direction:

@@ -33,6 +33,7 @@ def grid(
     row_labels: Sequence[str] | None = None,
     column_labels: Sequence[str] | None = None,
     marked: Collection[int] = (),
+    title: str = "",
 ) -> Image.Image:
     """Pictures in rows, left to right, top to bottom, all in cells of the largest one's size.
 
@@ -40,6 +41,7 @@ def grid(
         pictures: uint8 RGB, each (H, W, 3); or one array (N, H, W, 3).
         captions: text below each picture, wrapped to its cell.
         scale: how many pixels, each way, one pixel of a picture takes.
+        title: one line above everything, cut where the sheet ends.
         marked: positions that get a coloured frame, such as the combinations never seen in training.
 
     Raises ValueError for no pictures, another type than uint8, or a count of labels that does not fit.
@@ -70,11 +72,13 @@ def grid(
     wrapped = [_wrap(font, text, cell_w) for text in captions] if captions else []
     below = line * max((len(lines) for lines in wrapped), default=0)
     left = 2 * GAP + max(_width(font, label) for label in row_labels) if row_labels else GAP
-    top = 2 * GAP + line if column_labels else GAP
+    heading = GAP + line if title else 0
+    top = heading + (2 * GAP + line if column_labels else GAP)
 
     size = (left + columns * (cell_w + GAP), top + rows * (cell_h + below + GAP))
     sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
+    draw.text((GAP, GAP), title, INK, font)
     for index, picture in enumerate(pictures):
         row, column = divmod(index, columns)
         x, y = left + column * (cell_w + GAP), top + row * (cell_h + below + GAP)
@@ -91,7 +95,7 @@ def grid(
     for row, label in enumerate(row_labels or ()):
         draw.text((left - GAP, top + row * (cell_h + below + GAP) + cell_h / 2), label, INK, font, anchor="rm")
     for column, label in enumerate(column_labels or ()):
-        draw.text((left + column * (cell_w + GAP) + cell_w / 2, GAP), label, INK, font, anchor="ma")
+        draw.text((left + column * (cell_w + GAP) + cell_w / 2, heading + GAP), label, INK, font, anchor="ma")
     return sheet
 
 

@@ -149,6 +149,29 @@ def test_a_model_that_hands_over_to_itself_draws_what_it_draws_alone(flow, sampl
     assert torch.allclose(refinement.latents(flow, flow, asked, at=0.35), flow.latents(asked), atol=1e-5)
 
 
+def test_a_hand_over_goes_on_with_the_noise_of_its_own_rows(model):
+    asked = [request(sampler="ddpm"), request(sampler="ddpm", seed=2)]
+    whole = model.latents(asked)
+    assert torch.allclose(refinement.latents(model, model, asked, at=0.5), whole, atol=1e-5)
+    assert not torch.allclose(model.latents([request()]), whole[:1], atol=1e-2)  # the sampler does draw noise
+
+
+def test_a_refiner_takes_no_edit(flow):
+    with pytest.raises(ConfigError) as caught:
+        refinement.latents(flow, flow, [request(sampler="flow_euler", picture_HWC=picture())], at=0.35)
+    assert caught.value.where == "picture"
+
+
+def test_requests_that_share_a_picture_encode_it_once(model):
+    given, mask, calls = picture(), left_half(), []
+    handle = model.autoencoder.encoder.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        model.latents([request(picture_HWC=given, mask_HW=mask, seed=i, steps=2) for i in range(3)])
+    finally:
+        handle.remove()
+    assert len(calls) == 1
+
+
 def test_the_refiner_sees_only_the_low_noise(load, flow):
     refiner = load(FLOW, seed=7, sampler="flow_euler")
     seen = {"base": [], "refiner": []}

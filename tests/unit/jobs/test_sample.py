@@ -71,6 +71,7 @@ def test_a_sheet_compares(release, compare, rows, columns):
     else:
         assert [row[0].sampler for row in by_row] == list(model.samplers)
         assert all(len({r.sampler for r in row}) == 1 for row in by_row)
+    assert sheet.title.startswith("a red circle, ")
     if compare == "steps":
         assert [r.steps for r in by_row[0]] == [1, 2, 3]
 
@@ -88,6 +89,12 @@ def test_inpainting_from_files_keeps_the_rest(release, tmp_path):
     drawn = np.asarray(Image.open(path))
     top = next(y for y in range(40) if np.array_equal(drawn[y + 16 : y + 32 : 2, 4:36:2][:, :16], pixels[8:]))
     assert not np.array_equal(drawn[top : top + 16 : 2, 4:36:2], pixels[:8])
+
+
+def test_a_picture_that_is_cut_is_told_of(release, tmp_path, capsys):
+    Image.new("RGB", (40, 20)).save(tmp_path / "wide.png")
+    run(f"release={release}", "prompt=x", "n=1", f"picture={tmp_path}/wide.png", f"out={tmp_path}/out.png")
+    assert "the picture was resized and cut to 16x16" in capsys.readouterr().out
 
 
 def test_a_refiner_ends_what_the_model_began(release, write_model, tmp_path):
@@ -118,6 +125,8 @@ def test_a_refiner_ends_what_the_model_began(release, write_model, tmp_path):
         (["release=RELEASE", "prompt=x", "compare=seed"], "sampler, guidance, steps"),
         (["release=RELEASE", "prompt=x", "out=grid.jpg"], "png"),
         (["release=RELEASE", "prompt=x", "device=tpu"], "device"),
+        (["release=RELEASE", "prompt=x", "refiner=RELEASE", "picture=none.png"], "refiner"),
+        (["release=RELEASE", "prompts=none.txt", "compare=steps"], "one prompt"),
         (["release=RELEASE", "prompt=x", "compare_values=[1,2]"], "compare_values"),
         (["release=production", "prompt=x"], "registry="),
         (["release=RELEASE", "prompt=x", "stesp=3"], "steps"),
