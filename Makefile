@@ -14,6 +14,10 @@ CODE := platform jobs serving tests
 # DeepSpeed compiles no kernels here, and tests and small CPU runs want one thread per process.
 export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Byte code is kept, and kept out of the source tree: without it every worker process compiles its imports anew, for ten
+# seconds of CPU time each. Some machines and container images switch it off.
+unexport PYTHONDONTWRITEBYTECODE
+export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/bytecode
 # The quickstart's report counts from here, installation included.
 export LATENTRAY_MAKE_STARTED := $(shell date +%s.%N)
 # --no-compile: byte code is made where it is imported, which most of the installed files never are.

@@ -111,8 +111,8 @@ class Stages:
             )
         with self.timed("autoencoder"):
             late = [
-                f"stage.lpips.start_samples={int(scale.autoencoder_samples * 0.93)}",
-                f"stage.discriminator.start_samples={int(scale.autoencoder_samples * 0.965)}",
+                f"stage.lpips.start_samples={int(scale.autoencoder_samples * 0.95)}",
+                f"stage.discriminator.start_samples={int(scale.autoencoder_samples * 0.98)}",
             ]
             launch.train(
                 self._train("shapes_autoencoder", "autoencoder", f"data={out}/data", scale.autoencoder_samples, late)
