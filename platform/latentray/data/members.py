@@ -8,7 +8,8 @@ is refused by name.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import safetensors.torch
@@ -22,16 +23,32 @@ def _text(data: bytes) -> str:
     return data.decode("utf-8")
 
 
+def _object(data: bytes) -> dict[str, Any]:
+    value = json.loads(data)
+    if not isinstance(value, dict):
+        raise ValueError("it is no JSON object")
+    return value
+
+
 DECODERS: dict[str, Callable[[bytes], Any]] = {
     "jpg": decode.decode,
     "jpeg": decode.decode,
     "png": decode.decode,
     "webp": decode.decode,
     "txt": _text,
-    "json": json.loads,
+    "json": _object,
     LATENT_MEMBER: safetensors.torch.load,
+    "frames.safetensors": safetensors.torch.load,
+    "episode.safetensors": safetensors.torch.load,
+    "mp4": bytes,  # decoded where it is known which frames are wanted
 }
 """Member extension (everything after the first dot of the file name) -> decoder."""
+
+MAX_BYTES = {"json": 2**24, "txt": 2**24}
+"""Members that may not be longer: 16 MiB of nested JSON can already take 500 MB once it is parsed."""
+
+_SHELL = re.compile(r"(^|::|[{,|])\s*pipe:", re.IGNORECASE)
+"""`::` and braces, since WebDataset splits a URL there."""
 
 
 def split_name(name: str, *, shard: str) -> tuple[str, str]:
@@ -58,14 +75,17 @@ def _require_known(extension: str, name: str, shard: str) -> None:
 
 def check_url(url: str) -> None:
     """Raise UnsafeMember for a URL that WebDataset would hand to a shell."""
-    if url.strip().lower().startswith("pipe:"):
+    if _SHELL.search(url.strip()):
         raise UnsafeMember("A pipe: URL runs a shell command.", where=url, mend="Give a path, or an s3:// URI.")
 
 
-def decode_sample(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """A raw WebDataset sample with its members decoded; entries that start with `__` pass as they are.
+def decode_sample(sample: Mapping[str, Any], *, as_bytes: Collection[str] = ()) -> dict[str, Any]:
+    """A raw WebDataset sample with its members decoded, by extension in lower case; entries that start with `__` pass.
 
-    Raises UnsafeMember for a member that is not in the table, DataError for one that cannot be decoded.
+    Members whose extension is in `as_bytes` stay as they are: PICTURE_SUFFIXES leaves the picture to a caller who knows
+    the size it is wanted at.
+
+    Raises UnsafeMember for a member that is not in the table, DataError for one that is too long or cannot be decoded.
     """
     shard, key = str(sample.get("__url__", "")), sample.get("__key__", "")
     decoded: dict[str, Any] = {}
@@ -73,10 +93,14 @@ def decode_sample(sample: Mapping[str, Any]) -> dict[str, Any]:
         if extension.startswith("__"):
             decoded[extension] = data
             continue
-        name = f"{key}.{extension}"
+        name, kind = f"{key}.{extension}", extension.lower()
         _require_known(extension, name, shard)
+        if kind in decoded:
+            raise _undecodable(name, shard, "the sample has two of this kind")
+        if len(data) > MAX_BYTES.get(kind, len(data)):
+            raise _undecodable(name, shard, f"it has {len(data)} bytes; {MAX_BYTES[kind]} are allowed")
         try:
-            decoded[extension] = DECODERS[extension.lower()](data)
+            decoded[kind] = data if kind in as_bytes else DECODERS[kind](data)
         except SampleRejected as error:
             raise _undecodable(name, shard, error.what) from None
         except Exception as error:  # json, unicode and safetensors each have their own
@@ -93,14 +117,43 @@ def picture_of(decoded: Mapping[str, Any]) -> Any:
     for suffix in PICTURE_SUFFIXES:
         if suffix in decoded:
             return decoded[suffix]
-    raise DataError(
-        f"The sample {decoded.get('__key__')!r} has no picture.",
-        where=str(decoded.get("__url__", "")),
+    raise _no_picture(decoded)
+
+
+def _no_picture(sample: Mapping[str, Any]) -> DataError:
+    return DataError(
+        f"The sample {sample.get('__key__')!r} has no picture.",
+        where=str(sample.get("__url__", "")),
         mend="Give a data set of pictures.",
     )
 
 
+def picture_at_least(sample: Mapping[str, Any], height: int, width: int) -> tuple[Any, tuple[int, int]]:
+    """The picture of a sample whose pictures were left as bytes, decoded at a scale that covers (height, width).
+
+    Returns uint8 (H', W', 3) and the (H, W) of the whole picture. Raises DataError where there is none, or it is damaged.
+    """
+    for suffix in PICTURE_SUFFIXES:
+        if suffix in sample:
+            try:
+                return decode.decode_at_least(sample[suffix], height, width)
+            except SampleRejected as error:
+                raise _undecodable(
+                    f"{sample.get('__key__')}.{suffix}", str(sample.get("__url__", "")), error.what
+                ) from None
+    raise _no_picture(sample)
+
+
 def captions_of(decoded: Mapping[str, Any]) -> list[str]:
-    """The captions of a decoded sample: the `captions` of its `.json`, else its `.txt`; never empty."""
-    listed = (decoded.get("json") or {}).get("captions")
-    return list(listed) if listed else [decoded.get("txt", "")]
+    """The captions of a decoded sample: the `captions` of its `.json`, else its `.txt`; never empty.
+
+    Raises DataError where `captions` is no list of strings.
+    """
+    listed = decoded.get("json", {}).get("captions") or [decoded.get("txt", "")]
+    if not isinstance(listed, list) or not all(isinstance(text, str) for text in listed):
+        raise DataError(
+            f"The captions of sample {decoded.get('__key__')!r} are no list of texts.",
+            where=str(decoded.get("__url__", "")),
+            mend="Build the data set again.",
+        )
+    return list(listed)
