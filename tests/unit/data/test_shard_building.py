@@ -1,10 +1,13 @@
 """Building data sets: what is packed, rejected, refused and committed; once through Ray Data."""
 
 import collections
+import dataclasses
 import hashlib
 import io
 import json
+import pickle
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +15,9 @@ import pytest
 from PIL import Image
 
 from latentray.checkpoint import manifest, store
-from latentray.config.build_shards import BuildShards, SourceConfig
-from latentray.data import decode, shard_building, shards, synthetic
-from latentray.errors import AlreadyExists, DataError, DigestMismatch, EnvironmentRefused
+from latentray.config.build_shards import BuildShards, FilterConfig, SourceConfig
+from latentray.data import clips, decode, episodes, members, shard_building, shards, synthetic
+from latentray.errors import AlreadyExists, ConfigError, DataError, DigestMismatch, EnvironmentRefused, UnsafeMember
 
 
 @pytest.fixture(scope="session")
@@ -33,16 +36,16 @@ def ray_local():
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """Pack in this process: the graph's one function, without Ray."""
+    """Survey and pack in this process: the graphs' functions, without Ray."""
     calls = []
 
-    def run(plans, address):
-        calls.append(address)
-        for p in plans:
-            row = {"plan": json.dumps(shard_building.dataclasses.asdict(p))}
-            values = json.loads(shard_building._pack_row(row)["packed"])
-            result = shards.ShardResult.from_dict(values["result"]) if values["result"] else None
-            yield shard_building.Packed(split=values["split"], result=result, rejected=values["rejected"])
+    def run(task, jobs, config, captions):
+        for job in reversed(jobs):  # workers finish in any order
+            calls.append(task.__name__)
+            row = shard_building._row({"job": json.dumps(job)}, task=task, config=config, captions=captions)
+            if row["error"]:
+                raise pickle.loads(row["error"])
+            yield row
 
     monkeypatch.setattr(shard_building, "_run", run)
     return calls
@@ -88,6 +91,35 @@ def config(folder, tmp_path, **options) -> BuildShards:
     return BuildShards(source=SourceConfig(name="folder", path=str(folder)), out=str(tmp_path / "out"), **options)
 
 
+@pytest.mark.parametrize("form", ["frames", "mp4"])
+def test_clips_are_drawn_in_any_number_of_shards(tmp_path, in_process, form):
+    found = []
+    for per_shard in (4, 6):
+        source = SourceConfig(name="moving_shapes", n=6, n_validation=3, frames=8, fps=4.0, form=form)
+        out = str(tmp_path / f"{form}{per_shard}")
+        uris = shard_building.build(BuildShards(source=source, out=out, samples_per_shard=per_shard, seed=2))
+        opened = shards.IndexedShards.open(uris[0])
+        opened.verify()
+        found.append([members.decode_sample(opened.read(x)) for x in range(opened.count)])
+        assert opened.column("frames").to_pylist() == [8] * 6
+    for one, other in zip(*found, strict=True):
+        clip, same = (clips.read_clip(sample, frames=8, fps=4.0) for sample in (one, other))
+        np.testing.assert_array_equal(clip.frames_THWC, same.frames_THWC)
+        assert (clip.frames_THWC.shape, clip.captions) == ((8, 64, 64, 3), same.captions)
+
+
+def test_episodes_are_drawn_and_differ_between_the_splits(tmp_path, in_process):
+    source = SourceConfig(name="gate", n=5, n_validation=5)
+    uris = shard_building.build(BuildShards(source=source, out=str(tmp_path / "out"), samples_per_shard=3))
+    train, validation = (shards.IndexedShards.open(uri) for uri in uris)
+    read = [
+        [episodes.read_episode(members.decode_sample(one.read(x))) for x in range(one.count)]
+        for one in (train, validation)
+    ]
+    assert train.column("steps").to_pylist() == [len(one.actions_TA) for one in read[0]]
+    assert all(not np.array_equal(a.actions_TA, b.actions_TA) for a, b in zip(*read, strict=True))
+
+
 def test_shapes_through_ray(ray_local, tmp_path, capsys):
     out = tmp_path / "out"
     uris = shard_building.build(
@@ -105,12 +137,32 @@ def test_shapes_through_ray(ray_local, tmp_path, capsys):
         decode.decode(raw["png"]), synthetic.draw(synthetic.kind_of("train", 40), 5, 40, split="train")
     )
     assert about["captions"] == [raw["txt"].decode()] == [synthetic.caption(synthetic.kind_of("train", 40))]
-    assert train.column("sha256")[40].as_py() == hashlib.sha256(raw["png"]).hexdigest() == about["sha256"]
+    assert train.column("sha256")[40].as_py().hex() == hashlib.sha256(raw["png"]).hexdigest() == about["sha256"]
     assert train.manifest.meta["unseen"] == [synthetic.caption(kind) for kind in synthetic.UNSEEN]
     texts = {train.read(x)["txt"].decode() for x in range(60)}
     assert texts.isdisjoint(train.manifest.meta["unseen"])
     assert len(texts) == 51
     assert f"python -m jobs.train stage=autoencoder data={out}" in capsys.readouterr().out
+
+
+def test_tars_through_ray_and_an_unsafe_one_is_refused_by_name(ray_local, tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i in range(30):
+            for extension, data in (("png", picture(i)), ("txt", b"c")):
+                info = tarfile.TarInfo(f"{i}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    source = SourceConfig(name="webdataset", path=str(tmp_path / "a.tar"))
+    built = BuildShards(
+        source=source, out=str(tmp_path / "out"), duplicates="near", filter=FilterConfig(where="width > 1")
+    )
+    uris = shard_building.build(built)
+    assert sum(shards.IndexedShards.open(uri).count for uri in uris) == 30
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        tar.addfile(tarfile.TarInfo("x.pkl"))
+    with pytest.raises(UnsafeMember, match=r"x\.pkl"):
+        shard_building.build(dataclasses.replace(built, out=str(tmp_path / "again")))
+    assert not (tmp_path / "again").exists()
 
 
 def test_rejects_are_counted_and_listed_and_the_rest_goes_on(folder, tmp_path, in_process):
@@ -149,7 +201,7 @@ def test_too_many_rejects_commit_nothing(folder, tmp_path, in_process):
 
 
 def test_a_crash_leaves_nothing(folder, tmp_path, in_process, monkeypatch):
-    monkeypatch.setattr(shard_building.shards, "write_index", lambda *_: 1 / 0)
+    monkeypatch.setattr(shard_building.index, "write", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         shard_building.build(config(folder, tmp_path))
     assert not (tmp_path / "out").exists()
@@ -168,19 +220,61 @@ def test_refused_before_any_work(folder, tmp_path, in_process, monkeypatch):
     assert in_process == []
 
 
-def test_the_split_is_stable_and_never_empty():
-    many = [{"name": f"{i}.png"} for i in range(2000)]
-    parts = shard_building.split_entries(many, 0.1, 0)
-    assert 150 < len(parts["validation"]) < 250
-    fewer = shard_building.split_entries(many[:1000], 0.1, 0)
-    assert [e for e in parts["validation"] if e in many[:1000]] == fewer["validation"]
-    assert shard_building.split_entries(many, 0.1, 1) != parts
-    for fraction in (0.0001, 0.999):
-        two = shard_building.split_entries(many[:2], fraction, 0)
-        assert {name: len(part) for name, part in two.items()} == {"train": 1, "validation": 1}
-    assert list(shard_building.split_entries(many, 0.0, 0)) == ["train"]
-    assert list(shard_building.split_entries(many[:1], 0.5, 0)) == ["train"]
-    assert len(shard_building.split_entries(many[:200], 0.02, 0)["validation"]) >= 8  # enough for FID to exist
+def test_filters_and_duplicates_leave_out_and_count_but_are_not_bad(folder, tmp_path, in_process):
+    shutil.copy(folder / "03.png", folder / "z_copy.png")
+    (folder / "z_copy.txt").write_text("again")
+    Image.open(folder / "05.png").crop((0, 0, 4, 4)).save(folder / "05.png")
+    chosen = FilterConfig(min_side=5, where="caption != 'first 7'")
+    (uri,) = shard_building.build(
+        config(folder, tmp_path, filter=chosen, duplicates="exact", validation_fraction=0.0, max_bad_fraction=0.2)
+    )
+    opened = shards.IndexedShards.open(uri)
+    kept = {json.loads(opened.read(x)["json"])["source"] for x in range(opened.count)}
+    assert kept == {f"{i:02d}.png" for i in range(20) if i not in (5, 7)} | {"y_jpeg.png"}
+    meta = opened.manifest.meta
+    assert meta["filtered"] == {"min_side": 1, "where": 1, "exact_duplicate": 1}
+    assert meta["rejected"] == {"missing_caption": 1, "unreadable": 1, "too_many_pixels": 1, "format": 1}
+    assert (meta["samples"], meta["planned"]) == (19, 23)
+    assert [entry.count for entry in opened.shards] == [6, 6, 6, 1]  # what was left out leaves no gaps
+    assert in_process == ["_survey_task", *["_pack_task"] * 4]
+
+
+def test_nothing_left_is_told_with_the_counts(folder, tmp_path, in_process):
+    with pytest.raises(DataError, match="min_pixels: 23 .* 2 rejected"):
+        shard_building.build(config(folder, tmp_path, filter=FilterConfig(min_pixels=10**9)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_table_of_scores_is_filtered_without_reading_pictures(folder, tmp_path, in_process):
+    rows = "".join(f"{i:02d}.png,c {i},{i / 2}\n" for i in range(20))
+    (folder / "t.csv").write_text("path,caption,score\n" + rows)
+    table = SourceConfig(name="table", path=str(folder / "t.csv"))
+    chosen = BuildShards(
+        source=table,
+        out=str(tmp_path / "out"),
+        filter=FilterConfig(scores={"score": [5.0, None]}, where="caption not in ('c 19', 'c 18')"),
+        validation_fraction=0.0,
+    )
+    (uri,) = shard_building.build(chosen)
+    opened = shards.IndexedShards.open(uri)
+    assert [json.loads(opened.read(x)["json"])["source"] for x in range(opened.count)] == [
+        f"{i}.png" for i in range(10, 18)
+    ]
+    assert in_process == ["_pack_task"]
+    wrong = dataclasses.replace(chosen, out=str(tmp_path / "x"), filter=FilterConfig(scores={"aestetic": [1, 2]}))
+    with pytest.raises(ConfigError, match="'aestetic'") as caught:
+        shard_building.build(wrong)
+    assert "score" in caught.value.mend
+
+
+def test_shards_are_balanced_by_bytes(folder, tmp_path, in_process):
+    limit = 3 * (folder / "00.png").stat().st_size + 100
+    (uri,) = shard_building.build(
+        config(folder, tmp_path, shard_bytes=limit, samples_per_shard=100, validation_fraction=0.0)
+    )
+    opened = shards.IndexedShards.open(uri)
+    assert max(entry.count for entry in opened.shards) == 3
+    assert opened.count == 21
 
 
 @pytest.fixture
@@ -223,7 +317,7 @@ def test_from_s3_to_s3_and_damage_there_is_refused(folder, bucket, tmp_path, in_
     store.write_bytes(f"{uri}/00000.tar", bytes(damaged))
     fresh = shards.IndexedShards.open(uri)
     with pytest.raises(DigestMismatch) as caught:
-        fresh.read(9)
+        fresh.read(0)
     assert caught.value.where.endswith("00000.tar")
     store.write_bytes(f"{uri}/00000.tar", bytes(damaged[:-1]))
     with pytest.raises(DigestMismatch, match="bytes"):

@@ -51,9 +51,48 @@ def test_as_a_module_it_exits_with_2(tmp_path):
 
 
 def test_configs_compose():
-    assert compose.load("build_shards", BuildShards).out == "runs/data/shapes"
+    assert compose.load("build_shards", BuildShards).source.name == "shapes"
     table = compose.load("build_shards", BuildShards, ["source=table", "path=a.csv", "source.caption_column=text"])
     assert (table.source.name, table.source.path, table.source.caption_column) == ("table", "a.csv", "text")
+
+
+@pytest.mark.parametrize(
+    ("override", "where"),
+    [
+        ("source.join=row", "source.join"),
+        ("source.captions=a.csv source.index_only=true", "source.captions"),
+    ],
+)
+def test_wrong_settings_of_tars_are_named(override, where):
+    with pytest.raises(ConfigError) as caught:
+        compose.load("build_shards", BuildShards, ["source=webdataset", "path=x", *override.split()])
+    assert where in caught.value.where
+
+
+def test_filters_compose():
+    overrides = ["source=table", "path=a.csv", "filter.scores={aesthetic: [5, null]}", "filter.aspect=[0.5,2]"]
+    config = compose.load("build_shards", BuildShards, [*overrides, "filter.where=\"'cat' in lower(caption)\""])
+    assert config.filter.scores == {"aesthetic": [5, None]}
+    assert config.filter.where == "'cat' in lower(caption)"
+    assert compose.from_dict(BuildShards, compose.to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("filter.where=\"open('x')\"", "not allowed"),
+        ("filter.where='width >'", "no expression"),
+        ("filter.scores={beauty: [5,null]}", "score"),
+        ("source.index_only=true", "source.index_only"),
+    ],
+)
+def test_filters_that_cannot_be_applied_exit_with_2_and_start_no_ray(override, says, tmp_path):
+    (tmp_path / "t.csv").write_text("path,caption,score\na.png,a,1\n")
+    done = run("source=table", f"path={tmp_path / 't.csv'}", f"out={tmp_path / 'out'}", override)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "no ray" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -64,6 +103,16 @@ def test_configs_compose():
         ("max_pixels=0", "max_pixels"),
         ("source.n=0", "source.n"),
         ("source=table", "path"),
+        ("source=webdataset", "path"),
+        ("shard_bytes=0", "shard_bytes"),
+        ("duplicates=some", "duplicates"),
+        ("near_distance=8", "near_distance"),
+        ("source.captions=a.csv", "source.captions"),
+        ("filter.min_sides=3", "filter.min_sides"),
+        ("filter.aspect=[2,1]", "filter.aspect"),
+        ("filter.caption_length=[1]", "filter.caption_length"),
+        ("filter.scores={aesthetic: [6, 5]}", "filter.scores.aesthetic"),
+        ("filter.where='width > 3'", "filter"),  # of the drawn pictures
         ("sampels_per_shard=3", "sampels_per_shard"),
         ("seed=x", "seed"),
     ],
