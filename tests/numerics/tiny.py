@@ -15,7 +15,8 @@ from latentray.conditioning import tiny_text_encoder
 from latentray.config.autoencoder import AutoencoderConfig
 from latentray.config.precompute_latents import PrecomputeLatents
 from latentray.config.text_encoder import TextEncoderConfig, TinyTextEncoderConfig
-from latentray.data import precompute, shards, synthetic
+from latentray.data import index, latent_parts, latent_shards, precompute, shards, synthetic
+from latentray.data.latent_encoder import Encoder
 from latentray.models.autoencoder import KLAutoencoder, LatentScale
 
 N, SIZE = 64, 64
@@ -50,14 +51,18 @@ def write_pictures(root: Path, split: str, n: int, per_shard: int = 24) -> str:
         Image.fromarray(synthetic.draw(kind, 0, i, split=split)).save(buffer, "PNG", compress_level=1)
         caption = synthetic.caption(kind)
         about = json.dumps({"captions": [caption], "width": SIZE, "height": SIZE}).encode()
-        return shards.Sample(key=f"{i:09d}", members={"png": buffer.getvalue(), "txt": caption.encode(), "json": about})
+        return shards.Sample(
+            key=f"{i:09d}",
+            members={"png": buffer.getvalue(), "txt": caption.encode(), "json": about},
+            columns={"width": SIZE, "height": SIZE},
+        )
 
     cuts = range(0, n, per_shard)
     made = [
         shards.write_shard(map(sample, range(a, min(a + per_shard, n))), folder / shards.shard_name(k))
         for k, a in enumerate(cuts)
     ]
-    shards.write_index(made, folder / shards.INDEX)
+    index.write(made, folder / index.NAME)
     uri = str(root / "data" / split)
     manifest.publish(folder, uri, kind="dataset")
     return uri
@@ -77,22 +82,18 @@ def write_text_encoder(uri: str) -> str:
     return uri
 
 
-def plan(data: str, out: str, autoencoder: str, text_source: str, **changes) -> precompute.Plan:
-    values = dict(
-        data=data, out=out, autoencoder=autoencoder, text_source=text_source, text_name="clip", text_dtype="float32",
-        key="key", size=SIZE, batch_size=16, flip_variants=False, device="cpu",
-    )  # fmt: skip
-    return precompute.Plan(**(values | changes))
-
-
 def write_latents(root: Path, monkeypatch, *, data: str, autoencoder: str, text_source: str) -> str:
-    """The whole precompute job, with its Ray graph replaced by one actor in this process."""
+    """The whole precompute job, the stages of its Ray graph one after another in this process."""
 
-    def in_process(config, plans, sources):
-        actor = precompute.EncoderActor(*plans)
-        for split, source in enumerate(sources):
-            for number in range(len(source.shards)):
-                yield split, actor.encode(number, split)
+    def in_process(config, job, work):
+        encoder = Encoder(job)
+        for one in work:
+            names = dict(one.written)
+            for part in one.left:
+                parcel = latent_parts.Parcel.from_table(latent_parts.read_part(job, part).to_table())
+                names[part.number] = latent_shards.write_part(job, encoder.encode(parcel))
+            latent_shards.assemble(job, one.split, one.name, [names[number] for number in sorted(names)])
+            yield one
 
     monkeypatch.setattr(precompute, "_run", in_process)
     out = str(root / "latents")

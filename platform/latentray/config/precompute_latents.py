@@ -4,42 +4,90 @@ from __future__ import annotations
 
 import dataclasses
 
+from latentray.config.feed import DamageConfig
 from latentray.config.text_encoder import TextEncoderConfig
 from latentray.errors import ConfigError
+
+DTYPES = ("float16", "bfloat16", "float32")
+MOST_CROPS = 32
 
 
 @dataclasses.dataclass(kw_only=True)
 class PrecomputeLatents:
     """Encode a data set's pictures and captions once, for every epoch of stage 2."""
 
-    text_encoder: TextEncoderConfig = dataclasses.field(default_factory=TextEncoderConfig)
+    text_encoder: TextEncoderConfig | None = None
+    """What embeds the captions; `~text_encoder` leaves it out, and stores latents alone."""
+    text_encoders: list[TextEncoderConfig] = dataclasses.field(default_factory=list)
+    """Further encoders of the same captions, each under a name of its own (SDXL takes two)."""
     data: str | None = None
     """What build_shards wrote (train/ and validation/ below)."""
     autoencoder_from: str | None = None
     """The autoencoder's artifact, a path or URI."""
     out: str | None = None
     """Where the latents go (train/ and validation/ below)."""
-    size: int | None = None
-    """Pictures are resized and cut to this square; null is what the autoencoder was trained on."""
+    reuse: str | None = None
+    """Latents of the same encoders, of this data set before it grew or of another: pictures that they hold are copied."""
+    sizes: list[int] = dataclasses.field(default_factory=list)
+    """Pictures are resized and cut to these squares; none is what the autoencoder was trained on, several give <out>/<size>."""
+    crops: int = 1
+    """Cuts of each picture: the first its centre, further ones drawn along its longer side."""
     flip_variants: bool = False
-    """Store a mirrored variant of each picture too."""
+    """Store each cut mirrored too."""
     batch_size: int = 64
     """The one shape pictures are encoded in; the last batch of a shard is padded to it."""
+    latent_dtype: str = "float32"
+    """float16, bfloat16 or float32: the type of stored mean and log-variance."""
     text_dtype: str = "float16"
-    """float16 or float32: the type of stored embeddings."""
+    """float16, bfloat16 or float32: the type of stored embeddings."""
+    max_pixels: int = 64_000_000
+    """Pictures with more pixels are damaged, and are not decoded."""
+    damage: DamageConfig = dataclasses.field(default_factory=DamageConfig)
+    """What becomes of pictures that cannot be decoded; those left out are listed in rejected.jsonl."""
     actors: list[int] = dataclasses.field(default_factory=lambda: [1, 2])
     """Fewest and most encoder actors."""
     device: str = "auto"
     address: str | None = None
     """A running Ray cluster; null starts one on this machine."""
+    estimate: bool = False
+    """Encode a few batches, tell hours, bytes and cost of the whole, and write nothing."""
+    epochs: float = 10.0
+    """Estimate: how often stage 2 will see the data; tells whether storing latents is cheaper than encoding as it goes."""
+    price_per_hour: float = 0.0
+    """Estimate: of one encoder, with its share of the machine."""
+    storage_price: float = 0.0
+    """Estimate: of one terabyte, for as long as the latents are kept."""
 
     def __post_init__(self) -> None:
         for key in ("data", "autoencoder_from", "out"):
             if not getattr(self, key):
                 raise ConfigError("This setting is needed.", where=key, mend=f"Add {key}=<path or URI>.")
-        if self.batch_size < 1:
-            raise ConfigError("A batch has at least one picture.", where="batch_size", mend="Set it to 64, say.")
-        if self.text_dtype not in ("float16", "float32"):
-            raise ConfigError("text_dtype takes float16 or float32.", where="text_dtype", mend="Correct it.")
+        for key in ("batch_size", "max_pixels"):
+            if getattr(self, key) < 1:
+                raise ConfigError("It must be at least 1.", where=key, mend=f"Raise {key}.")
+        if not 1 <= self.crops <= MOST_CROPS:
+            raise ConfigError(f"It lies outside 1 ... {MOST_CROPS}.", where="crops", mend="Set crops=1, say.")
+        if any(size < 1 for size in self.sizes) or len(set(self.sizes)) < len(self.sizes):
+            raise ConfigError("sizes takes different numbers of pixels.", where="sizes", mend="Set sizes=[256], say.")
+        for key in ("latent_dtype", "text_dtype"):
+            if getattr(self, key) not in DTYPES:
+                raise ConfigError(f"{key} takes {', '.join(DTYPES)}.", where=key, mend="Correct it.")
         if len(self.actors) != 2 or not 1 <= self.actors[0] <= self.actors[1]:
             raise ConfigError("actors takes [fewest, most].", where="actors", mend="Set actors=[1,2], say.")
+        names = [one.name for one in self.all_text_encoders]
+        if len(set(names)) < len(names) or any(not name or "." in name for name in names):
+            raise ConfigError(
+                f"The text encoders are called {', '.join(names)}.",
+                where="text_encoders",
+                mend="Give each a name of its own, without a dot.",
+            )
+        for key in ("price_per_hour", "storage_price"):
+            if not getattr(self, key) >= 0:
+                raise ConfigError("A price is not negative.", where=key, mend=f"Set {key} to 0 or more.")
+        if not self.epochs > 0:
+            raise ConfigError("It must be positive.", where="epochs", mend="Set epochs=10, say.")
+
+    @property
+    def all_text_encoders(self) -> list[TextEncoderConfig]:
+        """The first and the further ones; stage 2 takes the first unless told otherwise."""
+        return ([self.text_encoder] if self.text_encoder is not None else []) + list(self.text_encoders)

@@ -1,11 +1,13 @@
-"""The latent store: what one holds, which autoencoder and text encoder it belongs to, and how to read it back.
+"""The latent store: what one holds, which autoencoder and text encoders it belongs to, and how a record is written.
 
-Artifact of kind `latents`: WebDataset shards with the input's names, `index.parquet`, `empty_prompt.safetensors`.
+Artifact of kind `latents`: WebDataset shards with the input's names, `index.arrow` (with `source_sha256` and `variant` of
+each record), `rejected.jsonl`, and with text `empty_prompt.safetensors`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import safetensors.torch
@@ -14,7 +16,7 @@ import torch
 from latentray.build import AutoencoderArtifact
 from latentray.checkpoint import manifest, store, weights
 from latentray.config.precompute_latents import PrecomputeLatents
-from latentray.errors import FingerprintMismatch
+from latentray.errors import DataError, FingerprintMismatch
 from latentray.models.autoencoder import LatentScale
 from latentray.records import LATENT_MEMBER, RECORD_VERSION, TextEmbedding
 
@@ -23,30 +25,73 @@ EMPTY_PROMPT = "empty_prompt.safetensors"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TextSource:
+    """A text encoder whose embeddings a store holds."""
+
+    name: str
+    """Its name in the records: `text.<name>.tokens`."""
+    source: str
+    """Where it is: a folder, an artifact's URI or a hub id."""
+    fingerprint: str
+    width: int
+    """Of a token's embedding."""
+    max_tokens: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentStore:
     """One split of a latent store, described by its manifest."""
 
     uri: str
     key: str
-    """Fingerprint of autoencoder, text encoder and preprocessing together."""
+    """Fingerprint of autoencoder, text encoders and preprocessing together."""
     autoencoder_uri: str
     autoencoder_fingerprint: str
     scale: LatentScale
     channels: int
     size: int
     """Pixels of the squares that were encoded."""
-    encoder: str
-    """Name of the text encoder in the records."""
-    text_source: str
-    text_fingerprint: str
-    text_width: int
+    texts: tuple[TextSource, ...]
+    """The text encoders in the records; none where latents stand alone."""
+    variants: tuple[int, ...]
+    """What each picture was encoded as (latent_plan)."""
     listing: manifest.Manifest
 
-    def empty_prompt(self) -> TextEmbedding:
-        """The embedding of the empty caption, (1, ...): for caption dropout and classifier-free guidance."""
+    @property
+    def text(self) -> TextSource:
+        """The first text encoder. Raises DataError where the store holds latents alone."""
+        if not self.texts:
+            raise DataError("These latents hold no text.", where=self.uri, mend="Precompute them with a text_encoder.")
+        return self.texts[0]
+
+    @property
+    def encoder(self) -> str:
+        """Name of the first text encoder."""
+        return self.text.name
+
+    @property
+    def text_source(self) -> str:
+        return self.text.source
+
+    @property
+    def text_fingerprint(self) -> str:
+        return self.text.fingerprint
+
+    @property
+    def text_width(self) -> int:
+        return self.text.width
+
+    def empty_prompt(self, name: str | None = None) -> TextEmbedding:
+        """The embedding of the empty caption, (1, ...), by the first encoder or the one named.
+
+        For caption dropout and classifier-free guidance.
+        """
+        prefix = f"text.{name or self.encoder}"
         tensors = weights.read(manifest.fetch_file(self.uri, EMPTY_PROMPT, self.listing))
         return TextEmbedding(
-            tokens_BLD=tensors["tokens"].float(), mask_BL=tensors["mask"].bool(), pooled_BD=tensors["pooled"].float()
+            tokens_BLD=tensors[f"{prefix}.tokens"].float(),
+            mask_BL=tensors[f"{prefix}.mask"].bool(),
+            pooled_BD=tensors[f"{prefix}.pooled"].float(),
         )
 
     def require_autoencoder(self, artifact: AutoencoderArtifact) -> None:
@@ -59,48 +104,67 @@ class LatentStore:
                 mend="Give the autoencoder that encoded them, or precompute the latents again.",
             )
 
+    def require_like(self, other: LatentStore) -> None:
+        """Raise FingerprintMismatch unless both stores were made by the same encoders, so that one model can learn from both."""
+        for what in ("channels", "encoder", "text_fingerprint", "scale"):
+            if getattr(self, what) != getattr(other, what):
+                raise FingerprintMismatch(
+                    f"These latents differ in {what} and cannot be mixed.",
+                    where=f"{self.uri} and {other.uri}",
+                    mend="Precompute both with the same autoencoder and text encoder.",
+                )
+
 
 def describe(uri: str, listing: manifest.Manifest | None = None) -> LatentStore:
     """The store at a URI. Raises InputMissing or ArtifactError where there is none."""
     listing = listing or manifest.read(uri, kind=KIND)
     meta = listing.meta
-    fields = {f.name for f in dataclasses.fields(LatentStore)} - {"uri", "listing", "scale"}
+    named = {"uri", "listing", "scale", "texts", "variants"}
+    fields = {f.name for f in dataclasses.fields(LatentStore)} - named
     return LatentStore(
-        uri=uri, listing=listing, scale=LatentScale(**meta["scale"]), **{name: meta[name] for name in fields}
+        uri=uri,
+        listing=listing,
+        scale=LatentScale(**meta["scale"]),
+        texts=tuple(TextSource(**one) for one in meta["texts"]),
+        variants=tuple(meta["variants"]),
+        **{name: meta[name] for name in fields},
     )
-
-
-def key_of(config: PrecomputeLatents, *, autoencoder_fingerprint: str, text_fingerprint: str, size: int) -> str:
-    """Fingerprint of everything that decides a latent record's bytes beside the picture itself."""
-    return store.digest_of(
-        {
-            "record_version": RECORD_VERSION,
-            "autoencoder": autoencoder_fingerprint,
-            "text_encoder": text_fingerprint,
-            "text_name": config.text_encoder.name,
-            "size": size,
-            "flip_variants": config.flip_variants,
-            "batch_size": config.batch_size,
-            "text_dtype": config.text_dtype,
-        }
-    )
-
-
-def record(
-    mean: torch.Tensor, logvar: torch.Tensor, name: str, text: TextEmbedding, dtype: torch.dtype
-) -> dict[str, bytes]:
-    """The member of one latent record: mean, logvar (C,h,w) and the embeddings of its N captions."""
-    tensors = {
-        "mean": mean.contiguous(),
-        "logvar": logvar.contiguous(),
-        f"text.{name}.tokens": text.tokens_BLD.to(dtype).contiguous(),
-        f"text.{name}.mask": text.mask_BL.contiguous(),
-        f"text.{name}.pooled": text.pooled_BD.to(dtype).contiguous(),
-    }
-    return {LATENT_MEMBER: safetensors.torch.save(tensors)}
 
 
 def meta_of(store_: LatentStore) -> dict[str, Any]:
     """What the manifest records: the inverse of `describe`."""
     values = dataclasses.asdict(dataclasses.replace(store_, listing=None))  # type: ignore[arg-type]
+    values |= {"texts": list(values["texts"]), "variants": list(values["variants"])}
     return {name: value for name, value in values.items() if name not in ("uri", "listing")}
+
+
+def key_of(config: PrecomputeLatents, *, autoencoder_fingerprint: str, texts: Sequence[TextSource], size: int) -> str:
+    """Fingerprint of everything that decides a latent record's bytes beside the picture, its variant and its captions.
+
+    Not of the batch size: rows of one batch do not see each other, and between batch sizes they differ by rounding alone.
+    """
+    return store.digest_of(
+        {
+            "record_version": RECORD_VERSION,
+            "autoencoder": autoencoder_fingerprint,
+            "text_encoders": [[one.name, one.fingerprint] for one in texts],
+            "size": size,
+            "latent_dtype": config.latent_dtype,
+            "text_dtype": config.text_dtype,
+        }
+    )
+
+
+def text_tensors(name: str, text: TextEmbedding, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The embeddings of captions by the encoder called `name`, as a record holds them."""
+    return {
+        f"text.{name}.tokens": text.tokens_BLD.to(dtype).contiguous(),
+        f"text.{name}.mask": text.mask_BL.contiguous(),
+        f"text.{name}.pooled": text.pooled_BD.to(dtype).contiguous(),
+    }
+
+
+def record(mean: torch.Tensor, logvar: torch.Tensor, texts: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
+    """The member of one latent record: mean, logvar (C,h,w) and the embeddings of its N captions (`text_tensors`)."""
+    tensors = {"mean": mean.contiguous(), "logvar": logvar.contiguous()}
+    return {LATENT_MEMBER: safetensors.torch.save(tensors | {n: t.contiguous() for n, t in texts.items()})}

@@ -9,37 +9,37 @@ import torch
 
 from latentray.checkpoint import manifest
 from latentray.config.precompute_latents import PrecomputeLatents
-from latentray.config.text_encoder import TextEncoderConfig
 from latentray.data import latents
-from latentray.errors import ArtifactError, FingerprintMismatch
+from latentray.errors import ArtifactError, DataError, FingerprintMismatch
 from latentray.models.autoencoder import LatentScale
 from latentray.records import TextEmbedding
 
 CONFIG = PrecomputeLatents(data="d", autoencoder_from="a", out="o")
-KEY = dict(autoencoder_fingerprint="a", text_fingerprint="t", size=64)
+TEXT = latents.TextSource(name="clip", source="t", fingerprint="g", width=16, max_tokens=12)
+KEY = dict(autoencoder_fingerprint="a", texts=(TEXT,), size=64)
 
 
-def store_at(uri: str) -> latents.LatentStore:
-    return latents.LatentStore(
+def store_at(uri: str, **changes) -> latents.LatentStore:
+    values = dict(
         uri=uri, key="k", autoencoder_uri="a", autoencoder_fingerprint="f" * 64, scale=LatentScale(shift=0.1, scale=2.0),
-        channels=4, size=64, encoder="clip", text_source="t", text_fingerprint="g", text_width=16,
-        listing=manifest.Manifest(kind="latents", files={}),
+        channels=4, size=64, texts=(TEXT,), variants=(0, 1), listing=manifest.Manifest(kind="latents", files={}),
     )  # fmt: skip
+    return latents.LatentStore(**values | changes)
 
 
-def test_the_key_covers_everything_that_decides_the_bytes():
+def test_the_key_covers_what_decides_a_records_bytes_and_nothing_else():
     keys = {latents.key_of(CONFIG, **KEY)}
-    for change in KEY:
-        keys.add(latents.key_of(CONFIG, **KEY | {change: 128 if change == "size" else "other"}))
-    for change in (
-        dict(flip_variants=True),
-        dict(batch_size=32),
-        dict(text_dtype="float32"),
-        dict(text_encoder=TextEncoderConfig(name="x")),
-    ):
+    others = [dataclasses.replace(TEXT, fingerprint="other"), dataclasses.replace(TEXT, name="other")]
+    changes = [dict(autoencoder_fingerprint="b"), dict(size=128), *(dict(texts=(one,)) for one in others)]
+    for change in [*changes, dict(texts=()), dict(texts=(TEXT, others[1]))]:
+        keys.add(latents.key_of(CONFIG, **KEY | change))
+    for change in (dict(latent_dtype="float16"), dict(text_dtype="float32")):
         keys.add(latents.key_of(dataclasses.replace(CONFIG, **change), **KEY))
-    assert len(keys) == 8
-    assert latents.key_of(dataclasses.replace(CONFIG, out="elsewhere", actors=[2, 4], device="cpu"), **KEY) in keys
+    assert len(keys) == 9
+    same = dict(out="elsewhere", actors=[2, 4], device="cpu", batch_size=8, crops=3, flip_variants=True, reuse="x")
+    assert latents.key_of(dataclasses.replace(CONFIG, **same), **KEY) == latents.key_of(CONFIG, **KEY)
+    moved = dataclasses.replace(TEXT, source="elsewhere")
+    assert latents.key_of(CONFIG, **KEY | {"texts": (moved,)}) == latents.key_of(CONFIG, **KEY)
 
 
 def test_a_store_is_described_by_its_manifest(tmp_path):
@@ -47,6 +47,7 @@ def test_a_store_is_described_by_its_manifest(tmp_path):
     (tmp_path / "files").mkdir()
     made = manifest.publish(tmp_path / "files", tmp_path / "store", kind="latents", meta=latents.meta_of(one))
     got = latents.describe(str(tmp_path / "store"))
+    assert (got.encoder, got.text_source, got.text_fingerprint, got.text_width) == ("clip", "t", "g", 16)
     assert got == dataclasses.replace(one, uri=str(tmp_path / "store"), listing=made)
     manifest.publish(tmp_path / "files", tmp_path / "data", kind="dataset")
     with pytest.raises(ArtifactError, match="this is a dataset"):
@@ -61,14 +62,29 @@ def test_another_autoencoder_is_refused_by_both_fingerprints():
     assert caught.value.where == "latents-uri and autoencoder-uri"
 
 
+def test_stores_of_different_encoders_are_not_mixed():
+    one = store_at("x")
+    one.require_like(store_at("y", variants=(0,), size=128))
+    big = dataclasses.replace(TEXT, fingerprint="h")
+    for change in (dict(channels=8), dict(texts=(big,)), dict(scale=LatentScale(shift=0.0, scale=1.0))):
+        with pytest.raises(FingerprintMismatch, match="cannot be mixed"):
+            one.require_like(store_at("y", **change))
+
+
+def test_a_store_without_text_says_so():
+    with pytest.raises(DataError, match="hold no text") as caught:
+        store_at("x", texts=()).require_like(store_at("y"))
+    assert "text_encoder" in caught.value.mend
+
+
 def test_a_record_holds_latent_and_embeddings():
     text = TextEmbedding(
         tokens_BLD=torch.randn(2, 3, 5), mask_BL=torch.ones(2, 3, dtype=torch.bool), pooled_BD=torch.randn(2, 5)
     )
     mean, logvar = torch.randn(4, 2, 2), torch.randn(4, 2, 2)
-    (member,) = latents.record(mean, logvar, "clip", text, torch.float16).values()
+    (member,) = latents.record(mean, logvar, latents.text_tensors("clip", text, torch.float16)).values()
     got = safetensors.torch.load(member)
     assert torch.equal(got["mean"], mean) and torch.equal(got["logvar"], logvar)
-    assert got["text.clip.tokens"].dtype == torch.float16
+    assert torch.equal(got["text.clip.tokens"], text.tokens_BLD.half())
     assert got["text.clip.mask"].dtype == torch.bool
     assert set(got) == {"mean", "logvar", "text.clip.tokens", "text.clip.mask", "text.clip.pooled"}
