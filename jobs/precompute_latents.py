@@ -1,6 +1,8 @@
 """Encode a data set's pictures and captions once, for every epoch of stage 2.
 
 python -m jobs.precompute_latents data=runs/data/shapes autoencoder_from=runs/ae/autoencoder out=runs/latents
+
+What it will take, without writing anything: add estimate=true. After the data set grew: a new out=, and reuse=<the old one>.
 """
 
 import sys

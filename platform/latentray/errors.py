@@ -51,6 +51,10 @@ class EnvironmentRefused(LatentrayError):
     """The machine cannot run the job as it stands: a port in use, a full disk, no W&B key for online tracking."""
 
 
+class StorageFailed(LatentrayError):
+    """A store answered with errors for longer than its budget of retries: an S3 endpoint that is down, a lost network."""
+
+
 class ArtifactError(LatentrayError):
     """A folder with a manifest cannot be used: no manifest, the wrong kind, or an unknown format version."""
 

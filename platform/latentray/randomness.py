@@ -40,6 +40,9 @@ class Purpose(enum.IntEnum):
     WEIGHTS = 13
     OFFSET_NOISE = 14
     TIMESTEP_SHIFT = 15
+    BUCKET_TURNS = 16
+    SLOT_TURNS = 17
+    TAGS = 18
 
 
 def _signed(value: int) -> int:

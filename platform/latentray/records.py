@@ -8,6 +8,8 @@ Members of a WebDataset sample (its `<key>` is unique in its data set):
     latent    `.latent.safetensors` with `mean`, `logvar` float (C,h,w), `text.<encoder>.tokens` (N,L,D), `.mask` (N,L),
               `.pooled` (N,D); `.json` with `captions`, source key and digest, `original_size`, `crop_top_left`,
               `target_size`, `flip`
+    clip      `.mp4`, or `.frames.safetensors` with `frames` uint8 (T,H,W,3); `.json` with `fps` and `captions`
+    episode   `.episode.safetensors` with `actions` float32 (T,A) and `obs.<name>` (T,...); `.json`
 """
 
 from __future__ import annotations
@@ -32,6 +34,33 @@ class SampleId:
     """Number of the data set in the run's mixture; 0 where there is one."""
     index: int
     """Position of the sample in its data set's canonical order (shards by name, then offset)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Damaged:
+    """One sample that could not be used."""
+
+    reason: str
+    """What it is counted under: `digest`, `decode`, or the reason of a rejected picture."""
+    shard: str
+    key: str
+    what: str
+
+
+@dataclasses.dataclass
+class Traffic:
+    """What reading remote shards cost."""
+
+    fetched_bytes: int = 0
+    """Bytes that came over the network."""
+    cached_bytes: int = 0
+    """Bytes that were there already."""
+    retries: int = 0
+    stalled_s: float = 0.0
+    """Seconds that a reader waited because its read-ahead had not come yet."""
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -70,7 +99,14 @@ class PictureBatch:
     """Pictures for stage 1: x in [-1, 1]."""
 
     x_BCHW: torch.Tensor
+    size_B6: torch.Tensor
+    """Original size, crop and target size of each, (height, width) and (y, x): SDXL's conditioning."""
+    captions: list[str]
     ids: list[SampleId]
+    weight_B: torch.Tensor
+    """1, or 0 for a sample that keeps its place only: it counts in the loss's divisor and nowhere else."""
+    damaged: list[Damaged] = dataclasses.field(default_factory=list)
+    traffic: Traffic = dataclasses.field(default_factory=Traffic)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -81,5 +117,9 @@ class LatentBatch:
     logvar_BChw: torch.Tensor
     text: TextEmbedding
     ids: list[SampleId]
+    weight_B: torch.Tensor
+    """As a PictureBatch's."""
+    damaged: list[Damaged] = dataclasses.field(default_factory=list)
+    traffic: Traffic = dataclasses.field(default_factory=Traffic)
     first_slot: int = 0
     """Position of the first sample in the global batch."""

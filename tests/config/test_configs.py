@@ -63,6 +63,7 @@ GROUPS = {
 NEEDS = {
     ("source", "folder"): ["path=p"],
     ("source", "table"): ["path=p"],
+    ("source", "webdataset"): ["path=p"],
     ("deepspeed", "zero0"): ["precision=autocast"],
 }
 """What a member of a group needs besides."""

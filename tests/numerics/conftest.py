@@ -85,7 +85,18 @@ def runs(inputs, tmp_path_factory) -> dict[str, Run]:
     often = [*stage2, "checkpoint_every_samples=16"]
     edm = [o for o in stage2 if not o.startswith("objective")]
     edm += ["objective=edm", "stage.sampler=heun", "stage.sampling_steps=3", "total_samples=96"]
-    one = [job("stage2", stage2), job("stage1", stage1), job("edm", edm), job("resumed", often, die_at=4)]
+    tiny.write_pictures(root / "second", "train", 24)
+    shard = root / "second" / "data" / "train" / "00000.tar"
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    mixed = [*tiny.STAGE1, "damage.policy=skip", "damage.max_bad_fraction=0.5"]
+    mixed.append(f"mixture.of=[{{uri:{inputs['data']},weight:1}},{{uri:{root}/second/data,weight:1}}]")
+    one = [
+        job("stage2", stage2),
+        job("stage1", stage1),
+        job("edm", edm),
+        job("mixed", mixed),
+        job("resumed", often, die_at=4),
+    ]
     outputs = {"one": _run(root, one, expect=9)}
     shutil.copytree(root / "resumed", root / "damaged")
     newest = sorted((root / "damaged" / "checkpoints").iterdir())[-1]
@@ -100,5 +111,5 @@ def runs(inputs, tmp_path_factory) -> dict[str, Run]:
         for zero in range(4)
         for name, settings in (("stage1", stage1), ("stage2", stage2))
     ]
-    outputs["two"] = _run(root, two, world=2)
+    outputs["two"] = _run(root, [*two, job("mixed_two", mixed)], world=2)
     return {path.name: Run(path, outputs.get(path.name, "")) for path in root.iterdir() if path.is_dir()}

@@ -57,3 +57,12 @@ def test_the_variance_exploding_case_trains_and_is_drawn_from(runs):
     assert len(losses) == 12 and all(0 < loss < 5 for loss in losses)
     assert sum(losses[-4:]) < sum(losses[:4])
     assert any(runs["edm"].out.rglob("*samples*.png"))
+
+
+def test_a_mixture_with_a_cut_shard_trains_the_same_on_any_number_of_workers(runs):
+    one, two = runs["mixed"], runs["mixed_two"]
+    for name in STAGES["stage1"]:
+        assert two.trajectory(name) == pytest.approx(one.trajectory(name), rel=1e-4), name
+    damaged = one.trajectory("data/damaged_samples")
+    assert damaged == two.trajectory("data/damaged_samples") == sorted(damaged)
+    assert damaged[-1] > 2

@@ -8,6 +8,7 @@ through a cache of this node (`$LATENTRAY_CACHE`), since no two workers may assu
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -25,7 +26,7 @@ from latentray.errors import EnvironmentRefused, InputMissing
 
 _RETRY = tenacity.retry(
     retry=tenacity.retry_if_exception(lambda e: isinstance(e, OSError) and not isinstance(e, FileNotFoundError)),
-    wait=tenacity.wait_exponential_jitter(initial=0.2, max=5.0),
+    wait=tenacity.wait_exponential_jitter(multiplier=0.2, max=5.0),
     stop=tenacity.stop_after_attempt(5),
     reraise=True,
 )
@@ -45,12 +46,22 @@ def join(uri: str | Path, *parts: str) -> str:
     return "/".join([str(uri).rstrip("/"), *(p.strip("/") for p in parts)])
 
 
+def parent(uri: str | Path) -> str:
+    """The folder that holds a file or folder."""
+    return str(uri).rstrip("/").rsplit("/", 1)[0]
+
+
 def absolute(uri: str | Path) -> str:
     """The same URI, valid from any working directory (Ray workers start in their own)."""
     return str(uri) if is_remote(uri) else str(local_path(uri).expanduser().absolute())
 
 
 def _remote(uri: str | Path) -> tuple[fs.FileSystem, str]:
+    scheme = str(uri).split("://", 1)[0]
+    if scheme in ("http", "https"):  # read only; pyarrow has none of its own
+        import fsspec
+
+        return fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem(scheme))), str(uri)
     filesystem, path = fs.FileSystem.from_uri(str(uri))
     return filesystem, path
 
@@ -78,6 +89,38 @@ def read_bytes(uri: str | Path) -> bytes:
             return stream.read()
     except FileNotFoundError:
         raise InputMissing("The file is not there.", where=str(uri), mend="Check the path.") from None
+
+
+def read_range(uri: str | Path, offset: int, length: int) -> bytes:
+    """`length` bytes at `offset` of a remote file, by one request that is not tried again.
+
+    Raises FileNotFoundError where there is no file, EOFError where it ends before, OSError where it cannot be read, within
+    half a minute.
+    """
+    try:
+        file = _ranged(str(uri))
+        if offset + length > file.size():
+            raise EOFError(f"{uri} has {file.size()} bytes")
+        return file.read_at(length, offset)
+    except BaseException:
+        _ranged.cache_clear()  # a handle of a connection that failed
+        raise
+
+
+@functools.lru_cache(maxsize=64)
+def _ranged(uri: str) -> Any:
+    """A remote file opened for ranged reads: it asks for the file's size once, not with every range."""
+    filesystem, path = _remote(uri)
+    if isinstance(filesystem, fs.S3FileSystem):  # its own has no limit of time, and tries again where nobody counts
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        filesystem = fs.S3FileSystem(
+            region=filesystem.region,
+            endpoint_override=endpoint,
+            connect_timeout=5,
+            request_timeout=25,
+            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1),
+        )
+    return filesystem.open_input_file(path)
 
 
 @_RETRY

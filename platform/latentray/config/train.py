@@ -8,6 +8,7 @@ from typing import Any
 from latentray.config.autoencoder import AutoencoderConfig
 from latentray.config.cluster import ClusterConfig
 from latentray.config.denoiser import DenoiserConfig
+from latentray.config.feed import BucketsConfig, DamageConfig, FetchConfig, MixtureConfig, OrderConfig
 from latentray.config.objective import ObjectiveConfig
 from latentray.config.optimizer import OptimizerConfig
 from latentray.config.tracking import TrackingConfig
@@ -16,6 +17,7 @@ from latentray.errors import ConfigError
 STAGES = ("autoencoder", "diffusion")
 PRECISIONS = ("fp32", "bf16", "autocast")
 LATENTS = ("mean", "draw")
+CROPS = ("centre", "random")
 RECONSTRUCTIONS = ("l1", "l2")
 LPIPS_NETS = ("vgg", "alex")
 
@@ -149,12 +151,19 @@ class Train:
     """Stage 2: the folder or URI that precompute_latents wrote (with train/ and validation/ below)."""
     autoencoder_from: str | None = None
     """Stage 2: the autoencoder's artifact; null takes the one the latents name. Its fingerprint must be the latents'."""
+    mixture: MixtureConfig = dataclasses.field(default_factory=MixtureConfig)
+    buckets: BucketsConfig = dataclasses.field(default_factory=BucketsConfig)
+    order: OrderConfig = dataclasses.field(default_factory=OrderConfig)
+    fetch: FetchConfig = dataclasses.field(default_factory=FetchConfig)
+    damage: DamageConfig = dataclasses.field(default_factory=DamageConfig)
     run: str | None = None
     """The run's identity: the same id resumes. null makes a new one."""
     out: str | None = None
     """Where the run lies, a path or URI; null is runs/<run>."""
     size: int = 256
     """Stage 1: pictures are resized and cut to this square."""
+    crop: str = "centre"
+    """Stage 1: where they are cut, centre or random."""
     flip: bool = True
     """Stage 1: mirror half of the pictures."""
     total_samples: int = 1_000_000
@@ -195,6 +204,26 @@ class Train:
                 where="total_samples",
                 mend="Raise total_samples or lower global_batch_size.",
             )
+        if self.crop not in CROPS:
+            raise ConfigError(f"There is no crop {self.crop!r}.", where="crop", mend=f"Known: {', '.join(CROPS)}.")
+        if self.buckets.sizes:
+            self._check_buckets()
+        if self.order.streams and self.global_batch_size % self.order.streams:
+            raise ConfigError(
+                f"{self.order.streams} streams do not divide a global batch of {self.global_batch_size}.",
+                where="order.streams",
+                mend="Use a divisor of global_batch_size, or null for one stream per slot.",
+            )
+        if self.mixture.of and (self.data or self.latents):
+            raise ConfigError(
+                "A mixture names the data sets itself.", where="mixture.of", mend="Leave out data= or latents=."
+            )
+        if self.mixture.of and self.order.drop_remainder:
+            raise ConfigError(
+                "The data sets of a mixture have no common epoch whose remainder could be dropped.",
+                where="order.drop_remainder",
+                mend="Set it to false: what is left is carried over.",
+            )
         if self.stage.name == "autoencoder" and self.size % self.autoencoder.downsampling:
             raise ConfigError(
                 f"A picture of {self.size} pixels does not divide by the autoencoder's {self.autoencoder.downsampling}.",
@@ -204,8 +233,30 @@ class Train:
         if self.cluster.kind == "ray":
             self.require_divisible(self.cluster.workers)
 
+    def _check_buckets(self) -> None:
+        if self.stage.name != "autoencoder":
+            raise ConfigError(
+                "Latents have the shapes they were computed in.", where="buckets.sizes", mend="Set it in stage 1 only."
+            )
+        if self.buckets.step % self.autoencoder.downsampling:
+            raise ConfigError(
+                f"Steps of {self.buckets.step} pixels do not divide by the autoencoder's {self.autoencoder.downsampling}.",
+                where="buckets.step",
+                mend=f"Choose a multiple of {self.autoencoder.downsampling}.",
+            )
+        if self.order.streams:
+            raise ConfigError(
+                "With buckets each batch size has its own streams.", where="order.streams", mend="Leave it null."
+            )
+
     def require_divisible(self, world: int) -> None:
-        """Raise ConfigError unless `world` workers divide the global batch."""
+        """Raise ConfigError unless `world` workers divide every global batch."""
+        if self.buckets.sizes and self.buckets.multiple % world:
+            raise ConfigError(
+                f"{world} workers do not divide batches that are multiples of {self.buckets.multiple}.",
+                where="buckets.multiple",
+                mend=f"Make it a multiple of {world}.",
+            )
         if self.global_batch_size % world:
             divisors = [str(d) for d in range(1, self.global_batch_size + 1) if self.global_batch_size % d == 0]
             raise ConfigError(

@@ -9,7 +9,7 @@ from pathlib import Path
 import ray
 
 _OBJECT_STORE_BYTES = 512 << 20
-"""Of a cluster started here: these jobs pass plans and index rows, never pictures."""
+"""Of a cluster started here: plans, index rows, and the few parts of decoded pictures that wait for an encoder."""
 
 
 def connect(address: str | None) -> None:

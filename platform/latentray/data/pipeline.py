@@ -1,4 +1,4 @@
-"""From an indexed data set to the batches of a rank: a `webdataset.DataPipeline` whose first stage follows the order.
+"""From indexed data sets to the samples of a rank: a `webdataset.DataPipeline` whose first stage follows the order.
 
 Stages: ordered source (raw WebDataset samples) -> decode by the members table -> arrays -> the part of a step. Loader
 workers split by slot: each makes its part of every step, and the parts are joined in order, so any number of workers
@@ -7,25 +7,29 @@ gives the same numbers, and reading ahead needs no saved loader state.
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import functools
 import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-import safetensors.torch
 import torch
 import webdataset
 from torch.utils.data import DataLoader, get_worker_info
 
-from latentray.checkpoint import store
-from latentray.data import decode, members
-from latentray.data.ordering import Order, require_divides
+from latentray.data import members
+from latentray.data.damage import DAMAGED, damaged
+from latentray.data.ordering import Order, Step, require_divides
 from latentray.data.shards import IndexedShards
-from latentray.errors import DataError, LatentrayError
-from latentray.randomness import Purpose, keys_of, uniform
-from latentray.records import LATENT_MEMBER, LatentBatch, PictureBatch, SampleId, TextEmbedding
+from latentray.errors import DataError, LatentrayError, StorageFailed
+from latentray.records import Traffic
+
+READ_AHEAD = 4
+"""Steps whose remote samples are fetched before they are wanted."""
+
+_FETCHERS = 8
 
 Sample = dict[str, Any]
 Part = dict[str, Any]
@@ -36,109 +40,130 @@ way takes shared memory, of which a container has 64 MB."""
 class OrderedSource:
     """First stage: the raw WebDataset samples of this rank's (and this loader worker's) slots, step after step.
 
-    Each carries `__id__` (SampleId) and `__step__`. It ends before `last_step`, or never where that is None.
+    Each carries `__id__` (SampleId), `__step__` and `__bucket__`. It ends before `last_step`, or never where that is None.
+    With `skip_damaged`, a sample that cannot be read keeps its place (`damage.py`).
     """
 
     def __init__(
-        self, shards: IndexedShards, order: Order, *, rank: int, world: int, first_step: int, last_step: int | None
+        self,
+        sets: Sequence[IndexedShards],
+        order: Order,
+        *,
+        rank: int,
+        world: int,
+        first_step: int,
+        last_step: int | None,
+        skip_damaged: bool = False,
+        read_ahead: int = READ_AHEAD,
     ):
-        if order.n != shards.count:
-            raise DataError(
-                f"The order is of {order.n} samples; the data set has {shards.count}.",
-                where=shards.uri,
-                mend="Use one data set.",
-            )
-        require_divides(order.global_batch, world)
-        self.shards, self.order, self.rank, self.world = shards, order, rank, world
-        self.steps = (first_step, last_step)
+        for opened, ordered in zip(sets, order.sets, strict=True):
+            if sum(ordered.counts) != opened.count:
+                raise DataError(
+                    f"The order is of {sum(ordered.counts)} samples; the data set has {opened.count}.",
+                    where=opened.uri,
+                    mend="Use one data set.",
+                )
+        for batch in order.batches:
+            require_divides(batch, world)
+        self.sets, self.order, self.rank, self.world = tuple(sets), order, rank, world
+        self.steps, self.skip_damaged, self.read_ahead = (first_step, last_step), skip_damaged, read_ahead
 
     def __call__(self) -> Iterator[Sample]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        part, parts = self.rank * workers + worker, self.world * workers
-        batch = self.order.global_batch
-        first, last = batch * part // parts, batch * (part + 1) // parts
+        for step, part, traffic in self._loaded(self.parts(worker, workers)):
+            about: Sample = {"__step__": step, "__bucket__": part.bucket, "__traffic__": traffic}
+            for sample_id in part.ids:
+                yield self._read(self.sets[sample_id.dataset], sample_id.index, about | {"__id__": sample_id})
+
+    @property
+    def is_local(self) -> bool:
+        """Whether every shard lies on this machine's disks."""
+        return not any(one.is_remote for one in self.sets)
+
+    def parts(self, worker: int, workers: int) -> Iterator[tuple[int, Step]]:
+        """The slots of one of this rank's loader workers, step after step."""
         begin, end = self.steps
         for step in itertools.count(begin) if end is None else range(begin, end):
-            for sample_id in self.order.slots(step, first, last):
-                yield self.shards.read(sample_id.index) | {"__id__": sample_id, "__step__": step}
+            yield step, self.order.part(step, self.rank * workers + worker, self.world * workers)
+
+    def _loaded(self, parts: Iterator[tuple[int, Step]]) -> Iterator[tuple[int, Step, Traffic]]:
+        """Parts whose remote samples are in this node's cache, those of the next steps being fetched meanwhile."""
+        if self.is_local:
+            yield from ((step, part, Traffic()) for step, part in parts)
+            return
+        with concurrent.futures.ThreadPoolExecutor(_FETCHERS) as pool:
+            waiting: collections.deque[tuple[int, Step, list[concurrent.futures.Future[None]]]] = collections.deque()
+            for step, part in parts:
+                loads = [pool.submit(self.sets[one.dataset].load, one.index) for one in part.ids]
+                waiting.append((step, part, loads))
+                if len(waiting) > self.read_ahead:
+                    yield self._arrived(*waiting.popleft())
+            while waiting:
+                yield self._arrived(*waiting.popleft())
+
+    def _arrived(
+        self, step: int, part: Step, loads: list[concurrent.futures.Future[None]]
+    ) -> tuple[int, Step, Traffic]:
+        began = time.perf_counter()
+        concurrent.futures.wait(loads)
+        stalled = time.perf_counter() - began
+        for failed in (load.exception() for load in loads):
+            if isinstance(failed, StorageFailed):  # damage is found, and counted, where the sample is read
+                raise failed
+        return step, part, sum((one.blocks.traffic() for one in self.sets), Traffic(stalled_s=stalled))
+
+    def _read(self, shards: IndexedShards, x: int, about: Sample) -> Sample:
+        try:
+            return shards.read(x) | about
+        except LatentrayError as error:
+            if not self.skip_damaged:
+                raise
+            return damaged(error, about | {"__key__": shards.key(x), "__url__": shards.locate(x)[0].name})
 
 
-def raw_pipeline(source: OrderedSource, *stages: Callable[[Iterable], Iterator]) -> webdataset.DataPipeline:
-    """A WebDataset pipeline of ordered, safely decoded samples, to which any WebDataset stage may be added."""
-    return webdataset.DataPipeline(source, webdataset.map(members.decode_sample), *stages)
+def raw_pipeline(
+    source: OrderedSource, *stages: Callable[[Iterable], Iterator], as_bytes: Collection[str] = ()
+) -> webdataset.DataPipeline:
+    """A WebDataset pipeline of ordered, safely decoded samples, to which any WebDataset stage may be added.
 
-
-def picture_batches(
-    shards: IndexedShards,
-    order: Order,
-    *,
-    rank: int,
-    world: int,
-    first_step: int,
-    last_step: int | None,
-    size: int,
-    flip: bool,
-    workers: int = 0,
-    with_captions: bool = False,
-) -> Iterator[Any]:
-    """One PictureBatch per global step in [first_step, last_step), with this rank's slice: x (B, 3, size, size).
-
-    Pictures are resized and cut to the centre square; with `flip`, half of them are mirrored. `with_captions` gives
-    `(PictureBatch, list[str])`, one caption drawn per picture. `last_step=None` never ends.
-
-    Raises DigestMismatch for a sample that differs from the index, UnsafeMember and DataError for one that cannot be
-    decoded, ConfigError where `world` does not divide the global batch.
+    Members whose extension is in `as_bytes` are left to a later stage.
     """
-    source = OrderedSource(shards, order, rank=rank, world=world, first_step=first_step, last_step=last_step)
-    to_part = functools.partial(_picture_part, size=size, flip=flip, captions=with_captions, seed=order.seed)
-    for parts in _parts(source, to_part, workers):
-        ids = [i for part in parts for i in part["ids"]]
-        x_BCHW = decode.to_tensor(np.concatenate([part["pixels"] for part in parts]))
-        batch = PictureBatch(x_BCHW=x_BCHW, ids=ids)
-        yield (batch, [text for part in parts for text in part["captions"]]) if with_captions else batch
+    decoded = functools.partial(_decoded, skip_damaged=source.skip_damaged, as_bytes=as_bytes)
+    return webdataset.DataPipeline(source, webdataset.map(decoded), *stages)
 
 
-def latent_batches(
-    shards: IndexedShards,
-    order: Order,
-    *,
-    rank: int,
-    world: int,
-    first_step: int,
-    last_step: int | None,
-    workers: int = 0,
-    encoder: str | None = None,
-) -> Iterator[LatentBatch]:
-    """One LatentBatch per global step in [first_step, last_step), with this rank's slice; all float32.
-
-    Of a sample's captions one is drawn. `encoder` names the text encoder, where the latents hold more than one.
-    Raises as `picture_batches`.
-    """
-    source = OrderedSource(shards, order, rank=rank, world=world, first_step=first_step, last_step=last_step)
-    to_part = functools.partial(_latent_part, encoder=encoder, seed=order.seed)
-    for parts in _parts(source, to_part, workers):
-        loaded = [safetensors.torch.load(part["tensors"]) for part in parts]
-        joined = {name: torch.cat([tensors[name] for tensors in loaded]) for name in loaded[0]}
-        yield LatentBatch(
-            mean_BChw=joined["mean"].float(),
-            logvar_BChw=joined["logvar"].float(),
-            text=TextEmbedding(
-                tokens_BLD=joined["tokens"].float(), mask_BL=joined["mask"].bool(), pooled_BD=joined["pooled"].float()
-            ),
-            ids=[i for part in parts for i in part["ids"]],
-        )
+def _decoded(sample: Sample, *, skip_damaged: bool, as_bytes: Collection[str]) -> Sample:
+    if DAMAGED in sample:
+        return sample
+    try:
+        return members.decode_sample(sample, as_bytes=as_bytes)
+    except LatentrayError as error:
+        if not skip_damaged:
+            raise
+        return damaged(error, sample)
 
 
-def _parts(source: OrderedSource, to_part: Callable[[list[Sample]], Part], workers: int) -> Iterator[list[Part]]:
+def common(parts: list[Part]) -> dict[str, Any]:
+    """What batches of every kind hold: ids, damage, and the weight of each sample."""
+    found = [one for part in parts for one in part["damaged"]]
+    weights = torch.tensor([0.0 if one else 1.0 for one in found])
+    ids = [i for part in parts for i in part["ids"]]
+    traffic = sum((part["traffic"] for part in parts), Traffic())
+    return {"ids": ids, "weight_B": weights, "damaged": [one for one in found if one is not None], "traffic": traffic}
+
+
+def parts_of(
+    source: OrderedSource, to_part: Callable[[list[Sample]], Part], workers: int, *, as_bytes: Collection[str] = ()
+) -> Iterator[list[Part]]:
     """The parts of each step, in slot order: one where this process reads, else one per loader worker."""
-    pipeline = raw_pipeline(source, functools.partial(_by_step, to_part=to_part))
-    workers = min(workers, source.order.global_batch // source.world)  # every worker has a slot in each step
+    pipeline = raw_pipeline(source, functools.partial(_by_step, to_part=to_part), as_bytes=as_bytes)
+    workers = min(workers, min(source.order.batches) // source.world)  # every worker has a slot in each step
     if workers == 0:
         yield from ([_raised(part)] for part in pipeline)
         return
     # A forked child cannot use S3 clients that its parent opened; a fresh process can, and starts slower.
-    start = "spawn" if store.is_remote(source.shards.uri) else "fork"
+    start = "fork" if source.is_local else "spawn"
     loader = iter(DataLoader(pipeline, batch_size=None, num_workers=workers, multiprocessing_context=start))
     while parts := [_raised(part) for part in itertools.islice(loader, workers)]:
         yield parts
@@ -159,62 +184,14 @@ def _by_step(samples: Iterable[Sample], *, to_part: Callable[[list[Sample]], Par
         yield error
 
 
-def _picture_part(samples: list[Sample], *, size: int, flip: bool, captions: bool, seed: int) -> Part:
-    """`pixels` uint8 (B, size, size, 3), `ids`, and `captions` where asked for."""
-    ids = [sample["__id__"] for sample in samples]
-    pixels = np.stack([decode.to_square(members.picture_of(sample), size) for sample in samples])
-    if flip:
-        mirrored = (uniform(keys_of(seed, Purpose.FLIP, ids)) < 0.5).numpy()
-        pixels[mirrored] = pixels[mirrored, :, ::-1]
-    part: Part = {"ids": ids, "pixels": pixels}
-    if captions:
-        texts = [members.captions_of(sample) for sample in samples]
-        part["captions"] = [t[j] for t, j in zip(texts, _choices(seed, ids, map(len, texts)), strict=True)]
-    return part
+def places(samples: list[Sample]) -> Part:
+    """`ids`; `damaged`: None, or the damage, of each sample; `traffic` of the step."""
+    return {
+        "ids": [sample["__id__"] for sample in samples],
+        "damaged": [sample.get(DAMAGED) for sample in samples],
+        "traffic": samples[0].get("__traffic__", Traffic()) if samples else Traffic(),
+    }
 
 
-def _latent_part(samples: list[Sample], *, encoder: str | None, seed: int) -> Part:
-    """`ids`, and `tensors`: safetensors of mean, logvar (B, C, h, w), tokens (B, L, D), mask (B, L), pooled (B, D)."""
-    ids = [sample["__id__"] for sample in samples]
-    records = [_latent_record(sample) for sample in samples]
-    prefix = f"text.{encoder or _only_encoder(samples[0], records[0])}"
-    rows: dict[str, list[torch.Tensor]] = {"mean": [], "logvar": [], "tokens": [], "mask": [], "pooled": []}
-    try:
-        choices = _choices(seed, ids, [len(record[f"{prefix}.tokens"]) for record in records])
-        for record, j in zip(records, choices, strict=True):
-            for name in ("mean", "logvar"):
-                rows[name].append(record[name])
-            for name in ("tokens", "mask", "pooled"):
-                rows[name].append(record[f"{prefix}.{name}"][j])
-    except KeyError as error:
-        raise DataError(
-            f"The latent record has no {error}.", where=samples[0]["__url__"], mend="Precompute the latents again."
-        ) from None
-    return {"ids": ids, "tensors": safetensors.torch.save({name: torch.stack(part) for name, part in rows.items()})}
-
-
-def _latent_record(sample: Sample) -> dict[str, torch.Tensor]:
-    if LATENT_MEMBER not in sample:
-        raise DataError(
-            f"The sample {sample['__key__']!r} has no latent.",
-            where=sample["__url__"],
-            mend="Give precomputed latents.",
-        )
-    return sample[LATENT_MEMBER]
-
-
-def _only_encoder(sample: Sample, record: dict[str, torch.Tensor]) -> str:
-    names = sorted(n.removeprefix("text.").removesuffix(".tokens") for n in record if n.endswith(".tokens"))
-    if len(names) != 1:
-        raise DataError(
-            f"The latents hold {len(names)} text encoders: {', '.join(names) or 'none'}.",
-            where=sample["__url__"],
-            mend="Name the one to use.",
-        )
-    return names[0]
-
-
-def _choices(seed: int, ids: list[SampleId], counts: Iterable[int]) -> list[int]:
-    """Which of its captions each sample takes: a draw that belongs to the sample and its epoch."""
-    draws = uniform(keys_of(seed, Purpose.CAPTION, ids)).tolist()
-    return [min(math.floor(u * n), n - 1) for u, n in zip(draws, counts, strict=True)]
+def usable(samples: list[Sample]) -> Iterator[tuple[int, Sample]]:
+    return ((row, sample) for row, sample in enumerate(samples) if DAMAGED not in sample)

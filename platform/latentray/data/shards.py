@@ -1,9 +1,7 @@
 """Indexed data sets: WebDataset tars, and an index that finds, checks and counts every sample without a scan.
 
-Layout of the artifact (kind `dataset` or `latents`): `00000.tar`, `00001.tar`, ..., `index.parquet`, `manifest.json`.
-The tars are plain USTAR that any WebDataset reader takes, equal bytes for equal samples. `index.parquet` has a row per
-sample (key, shard number, byte range, CRC-32C of the range, and what columns the maker adds) and, in its schema's
-metadata, an entry per shard (name, sha256, bytes, count).
+Layout of the artifact (kind `dataset` or `latents`): `00000.tar`, `00001.tar`, ..., `index.arrow`, `manifest.json`.
+The tars are plain USTAR that any WebDataset reader takes, equal bytes for equal samples. The index is `index.py`'s.
 
 Damaged tars lose samples silently in tar readers; here a read is a byte range whose CRC-32C must match.
 """
@@ -12,27 +10,25 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
+import functools
 import os
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import webdataset
 
 from latentray.checkpoint import manifest, store
-from latentray.data import members
-from latentray.errors import ArtifactError, DigestMismatch
+from latentray.data import index, members, tars
+from latentray.data.blocks import BlockCache
+from latentray.errors import DigestMismatch, StorageFailed
 
-INDEX = "index.parquet"
-INDEX_VERSION = 1
-_SHARDS_KEY, _VERSION_KEY = b"latentray.shards", b"latentray.index_version"
+CACHE_BYTES = 64 << 30
 _OPEN_FILES = 64
+_HASH_BYTES = 8 << 30
 _MEND = "Restore the file from a good copy, or build the data set again."
 
 
@@ -48,36 +44,11 @@ class Sample:
     """What the index records of this sample beyond its place: equal names in every sample of a data set."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ShardEntry:
-    """What the index knows of a shard."""
-
-    name: str
-    sha256: str
-    bytes: int
-    count: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ShardResult:
-    """A written shard, and the index rows of its samples in the order of their offsets."""
-
-    entry: ShardEntry
-    rows: list[dict[str, Any]]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"entry": dataclasses.asdict(self.entry), "rows": self.rows}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ShardResult:
-        return cls(entry=ShardEntry(**values["entry"]), rows=values["rows"])
-
-
 def shard_name(number: int) -> str:
     return f"{number:05d}.tar"
 
 
-def write_shard(samples: Iterable[Sample], path: Path) -> ShardResult:
+def write_shard(samples: Iterable[Sample], path: Path) -> index.ShardResult:
     """Write one tar, of deterministic bytes, and return its entry and index rows.
 
     Raises UnsafeMember for a member name that no reader of ours would take.
@@ -89,6 +60,7 @@ def write_shard(samples: Iterable[Sample], path: Path) -> ShardResult:
             for extension in sample.members:
                 key, _ = members.split_name(f"{sample.key}.{extension}", shard=path.name)
                 assert key == sample.key, f"{sample.key}: WebDataset splits names at the first dot"
+            assert not index.PLACE & sample.columns.keys(), f"{sample.key}: a column hides where the sample is"
             start = writer.tarstream.offset
             writer.write({"__key__": sample.key, **sample.members})
             rows.append(
@@ -97,45 +69,33 @@ def write_shard(samples: Iterable[Sample], path: Path) -> ShardResult:
     with open(path, "rb") as written:
         for row in rows:
             row["crc32c"] = google_crc32c.value(os.pread(written.fileno(), row["length"], row["offset"]))
-    entry = ShardEntry(name=path.name, sha256=store.sha256_of(path), bytes=path.stat().st_size, count=len(rows))
-    return ShardResult(entry=entry, rows=rows)
-
-
-def write_index(results: Sequence[ShardResult], path: Path) -> None:
-    """Write `index.parquet` of all shards, in canonical order: by shard name, then offset."""
-    results = sorted(results, key=lambda r: r.entry.name)
-    rows = [{"shard": number, **row} for number, result in enumerate(results) for row in result.rows]
-    fixed = {"key": pa.string(), "shard": pa.int32(), "offset": pa.int64(), "length": pa.int64(), "crc32c": pa.uint32()}
-    extra = [name for name in (rows[0] if rows else {}) if name not in fixed]
-    columns = {name: pa.array([row[name] for row in rows], kind) for name, kind in fixed.items()}
-    columns |= {name: pa.array([row[name] for row in rows]) for name in extra}
-    entries = json.dumps([dataclasses.asdict(r.entry) for r in results], sort_keys=True)
-    metadata = {_SHARDS_KEY: entries.encode(), _VERSION_KEY: str(INDEX_VERSION).encode()}
-    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), path, compression="zstd")
+    entry = index.ShardEntry(name=path.name, sha256=store.sha256_of(path), bytes=path.stat().st_size, count=len(rows))
+    return index.ShardResult.of(entry, rows)
 
 
 class IndexedShards:
     """Random access to the samples of an indexed data set; sample x is row x of its index.
 
-    Opening reads manifest and index, never the shards. Local shards are read in place; remote ones are fetched whole,
-    once per node, and their sha256 is checked then. It can be pickled: another process opens its own file handles. One
-    object serves one thread.
+    Opening reads manifest and index, never the shards. Local shards are read in place, remote ones by ranges through this
+    node's bounded cache of blocks. It can be pickled: another process opens its own file handles. One object serves one
+    thread; only `load` may be called by others.
     """
 
-    def __init__(self, uri: str, listing: manifest.Manifest, table: pa.Table):
-        self.uri, self.manifest = uri, listing
-        self._table = table
-        meta = table.schema.metadata or {}
-        self.shards = tuple(ShardEntry(**entry) for entry in json.loads(meta[_SHARDS_KEY]))
-        self._shard, self._offset, self._length, self._crc32c = (
-            table[name].to_numpy() for name in ("shard", "offset", "length", "crc32c")
-        )
+    def __init__(self, uri: str, listing: manifest.Manifest, opened: index.Index, blocks: BlockCache):
+        self.uri, self.manifest, self.index, self.blocks = uri, listing, opened, blocks
+        self.shards = opened.shards
         self._files: collections.OrderedDict[int, int] = collections.OrderedDict()
         self._paths: dict[int, Path] = {}
 
     @classmethod
-    def open(cls, uri: str | Path, kind: str = "dataset") -> IndexedShards:
+    def open(
+        cls, uri: str | Path, kind: str = "dataset", *, cache_bytes: int = CACHE_BYTES, budget_s: float = 120.0
+    ) -> IndexedShards:
         """Open the data set at a URI.
+
+        Args:
+            cache_bytes: the most that this node keeps of remote shards.
+            budget_s: how long a range of a remote shard is tried for.
 
         Raises InputMissing without a manifest, ArtifactError for another kind or index version, DigestMismatch where
         index and manifest disagree or the index was damaged.
@@ -143,18 +103,11 @@ class IndexedShards:
         members.check_url(str(uri))
         where = store.absolute(uri)
         listing = manifest.read(where, kind=kind)
-        table = pq.read_table(manifest.fetch_file(where, INDEX, listing))
-        version = (table.schema.metadata or {}).get(_VERSION_KEY, b"none").decode()
-        if version != str(INDEX_VERSION):
-            raise ArtifactError(
-                f"The index has version {version}; this version of latentray reads {INDEX_VERSION}.",
-                where=store.join(where, INDEX),
-                mend="Build the data set again.",
-            )
-        opened = cls(where, listing, table)
+        blocks = BlockCache(store.cache_dir() / "blocks", capacity_bytes=cache_bytes, budget_s=budget_s)
+        opened = cls(where, listing, index.Index.open(where, listing), blocks)
         for entry in opened.shards:
             listed = listing.files.get(entry.name)
-            if listed is None or listed.sha256 != entry.sha256:
+            if not entry.uri and (listed is None or listed.sha256 != entry.sha256):
                 raise DigestMismatch(
                     "The index and the manifest disagree about a shard.",
                     where=store.join(where, entry.name),
@@ -165,90 +118,147 @@ class IndexedShards:
     @property
     def count(self) -> int:
         """Number of samples."""
-        return len(self._shard)
+        return self.index.count
 
     @property
     def digest(self) -> str:
         """sha256 of the index: it covers every sample's bytes by its CRC-32C and every shard's by its sha256."""
-        return self.manifest.files[INDEX].sha256
+        return self.manifest.files[index.NAME].sha256
+
+    @functools.cached_property
+    def is_remote(self) -> bool:
+        """Whether any shard is read over a network."""
+        return any(store.is_remote(index.shard_uri(self.uri, entry)) for entry in self.shards)
 
     def column(self, name: str) -> pa.ChunkedArray:
         """A column of the index (`key`, `sha256`, `width`, ...), one value per sample."""
-        return self._table[name]
+        return self.index.table[name]
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Names of the index's columns."""
-        return tuple(self._table.column_names)
-
-    @property
-    def shard_numbers(self) -> np.ndarray:
-        """Shard number of each sample, int32 (count,): what a job that works shard by shard groups by."""
-        return self._shard
+        return tuple(self.index.table.column_names)
 
     def key(self, x: int) -> str:
-        return self._table["key"][x].as_py()
+        return self.index.table["key"][x].as_py()
 
-    def locate(self, x: int) -> tuple[ShardEntry, int, int]:
+    def locate(self, x: int) -> tuple[index.ShardEntry, int, int]:
         """The shard of sample x, and the offset and length in bytes of its range there."""
-        return self.shards[self._shard[x]], int(self._offset[x]), int(self._length[x])
+        number, offset, length, _ = self.index.locate(x)
+        return self.shards[number], offset, length
 
     def read(self, x: int) -> dict[str, Any]:
         """Sample x as a raw WebDataset sample: `__key__`, `__url__` and extension -> bytes.
 
         Raises DigestMismatch naming shard and key where the bytes differ from the index, UnsafeMember for a member that
-        is not decoded.
+        is not decoded, StorageFailed where a remote shard cannot be read.
         """
-        entry, offset, length = self.locate(x)
-        where = store.join(self.uri, entry.name)
-        data = os.pread(self._open(int(self._shard[x])), length, offset)
-        if len(data) != length or google_crc32c.value(data) != self._crc32c[x]:
+        number, offset, length, crc32c = self.index.locate(x)
+        where = index.shard_uri(self.uri, self.shards[number])
+        data = self._bytes(number, offset, length)
+        if not _matches(data, length, crc32c) and self._is_cached(number):
+            self.blocks.forget(where, offset, length)  # the cache's disk may be at fault, not the shard
+            data = self._bytes(number, offset, length)
+        if not _matches(data, length, crc32c):
             raise DigestMismatch(
                 f"The sample {self.key(x)!r} differs from the index: the shard was damaged or cut.",
                 where=where,
                 mend=_MEND,
             )
-        return {"__key__": self.key(x), "__url__": where} | _members(data, where)
+        return {"__key__": self.key(x), "__url__": where} | tars.contents(data, shard=where)[1]
 
-    def verify(self) -> None:
-        """Check every shard: existence, size and, where it is local, sha256. Raises DigestMismatch naming the shard.
+    def read_into(self, buffer: memoryview, where: index.Range) -> None:
+        """Fill a buffer with a sample's bytes, unchecked; what cannot be read, of a cut or missing shard, stays as it is."""
+        handle = self._files.get(where.shard)  # the quick way: this is called for every sample of a training step
+        if handle is not None:
+            os.preadv(handle, [buffer], where.offset)
+            return
+        try:
+            data = self._bytes(where.shard, where.offset, where.length)
+        except DigestMismatch:
+            return
+        buffer[: len(data)] = data
 
-        A remote shard's sha256 is checked when it is fetched.
+    def verify(self, *, hash_bytes: int = _HASH_BYTES) -> None:
+        """Check every shard's existence and size, and the sha256 of local ones up to `hash_bytes`, spread evenly.
+
+        Raises DigestMismatch naming the shard. A remote shard's sha256 is checked when it is fetched whole, and every
+        sample's CRC-32C whenever it is read: hashing here only finds damage before a cluster starts.
         """
+        share = min(1.0, hash_bytes / max(sum(entry.bytes for entry in self.shards), 1))
         for number, entry in enumerate(self.shards):
-            where = store.join(self.uri, entry.name)
+            where = index.shard_uri(self.uri, entry)
             filesystem, path = store.filesystem(where)
             info = filesystem.get_file_info(path)
             if not info.is_file:
-                raise DigestMismatch("A shard of the data set is missing.", where=where, mend=_MEND)
+                raise _missing(where)
             if info.size != entry.bytes:
                 raise DigestMismatch(
                     f"A shard has {info.size} bytes; the index says {entry.bytes}.", where=where, mend=_MEND
                 )
-            if not store.is_remote(where):
-                self._paths[number] = manifest.fetch_file(self.uri, entry.name, self.manifest)
+            if not store.is_remote(where) and int((number + 1) * share) > int(number * share):
+                self.fetch(number)
+
+    def load(self, x: int) -> None:
+        """Bring sample x into this node's cache, where its shard is remote. Any thread may call it."""
+        number, offset, length, _ = self.index.locate(x)
+        if self._is_cached(number):
+            self._bytes(number, offset, length)
+
+    def fetch(self, number: int) -> None:
+        """Take a whole shard to this node, its sha256 checked; its samples are read from there."""
+        entry = self.shards[number]
+        where = index.shard_uri(self.uri, entry)
+        path = store.fetch(where, sha256=entry.sha256)
+        got = store.sha256_of(path)
+        if got != entry.sha256:
+            raise DigestMismatch(
+                f"A shard differs from the index: sha256 {got[:12]}, recorded {entry.sha256[:12]}.",
+                where=where,
+                mend=_MEND,
+            )
+        self._paths[number] = path
 
     def close(self) -> None:
         """Close all file handles; reading opens them again."""
         while self._files:
             os.close(self._files.popitem()[1])
 
+    def _is_cached(self, number: int) -> bool:
+        """True for a remote shard that is read by ranges."""
+        return number not in self._paths and store.is_remote(index.shard_uri(self.uri, self.shards[number]))
+
+    def _bytes(self, number: int, offset: int, length: int) -> bytes:
+        if not self._is_cached(number):
+            return os.pread(self._open(number), length, offset)
+        entry = self.shards[number]
+        where = index.shard_uri(self.uri, entry)
+        try:
+            return self.blocks.read(where, entry.bytes, offset, length)
+        except FileNotFoundError:
+            raise _missing(where) from None
+        except EOFError as error:
+            raise DigestMismatch(
+                f"The shard was cut: {error}; the index says {entry.bytes}.", where=where, mend=_MEND
+            ) from None
+        except OSError as error:
+            raise StorageFailed(
+                f"The shard could not be read for {self.blocks.budget_s:g} s: {error}",
+                where=where,
+                mend="Check the network and the credentials, or raise fetch.budget_s; then resume the run.",
+            ) from None
+
     def _open(self, number: int) -> int:
-        """The file descriptor of a shard, from a least-recently-used cache."""
+        """The file descriptor of a local shard, from a least-recently-used cache."""
         if number in self._files:
             self._files.move_to_end(number)
             return self._files[number]
-        entry = self.shards[number]
-        where = store.join(self.uri, entry.name)
-        if number not in self._paths:
-            remote = store.is_remote(where)  # a local shard's samples are each checked by CRC: no need to hash it all
-            self._paths[number] = (
-                manifest.fetch_file(self.uri, entry.name, self.manifest) if remote else store.local_path(where)
-            )
+        where = index.shard_uri(self.uri, self.shards[number])
+        path = self._paths.get(number) or store.local_path(where)
         try:
-            handle = os.open(self._paths[number], os.O_RDONLY)
+            handle = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
-            raise DigestMismatch("A shard of the data set is missing.", where=where, mend=_MEND) from None
+            raise _missing(where) from None
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)  # read-ahead would fetch many times what is used
         self._files[number] = handle
@@ -264,14 +274,9 @@ class IndexedShards:
             self.close()
 
 
-def _members(data: bytes, where: str) -> dict[str, bytes]:
-    """Extension -> content of the members in a sample's byte range."""
-    found: dict[str, bytes] = {}
-    at = 0
-    while at < len(data):
-        header = tarfile.TarInfo.frombuf(data[at : at + tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
-        _, extension = members.split_name(header.name, shard=where)
-        begin = at + tarfile.BLOCKSIZE
-        found[extension] = data[begin : begin + header.size]
-        at = begin + -(-header.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-    return found
+def _matches(data: bytes, length: int, crc32c: int) -> bool:
+    return len(data) == length and google_crc32c.value(data) == crc32c
+
+
+def _missing(where: str) -> DigestMismatch:
+    return DigestMismatch("A shard of the data set is missing.", where=where, mend=_MEND)

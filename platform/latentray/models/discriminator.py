@@ -39,14 +39,18 @@ class PatchDiscriminator(nn.Module):
         return self.stack(x_BCHW)
 
 
-def discriminator_hinge(real: Tensor, fake: Tensor) -> Tensor:
-    """mean(max(0, 1 - D(x))) / 2 + mean(max(0, 1 + D(G(x)))) / 2."""
-    return 0.5 * (F.relu(1.0 - real.float()).mean() + F.relu(1.0 + fake.float()).mean())
+def discriminator_hinge(real: Tensor, fake: Tensor, weight_B: Tensor) -> Tensor:
+    """mean(w max(0, 1 - D(x))) / 2 + mean(w max(0, 1 + D(G(x)))) / 2."""
+    return 0.5 * (_mean(F.relu(1.0 - real.float()), weight_B) + _mean(F.relu(1.0 + fake.float()), weight_B))
 
 
-def generator_hinge(fake: Tensor) -> Tensor:
-    """-mean(D(G(x)))."""
-    return -fake.float().mean()
+def generator_hinge(fake: Tensor, weight_B: Tensor) -> Tensor:
+    """-mean(w D(G(x)))."""
+    return -_mean(fake.float(), weight_B)
+
+
+def _mean(x: Tensor, weight_B: Tensor) -> Tensor:
+    return (weight_B * x.flatten(1).mean(1)).mean()
 
 
 def adaptive_weight(reconstruction_grad: Tensor, adversarial_grad: Tensor, *, limit: float = 1e4) -> Tensor:

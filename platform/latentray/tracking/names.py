@@ -11,6 +11,16 @@ TRAIN_DATA_WAIT_SHARE = "train/data_wait_share"
 TRAIN_EPOCH = "train/epoch"
 TRAIN_PEAK_MEMORY_BYTES = "train/peak_memory_bytes"
 
+DATA_DAMAGED_SAMPLES = "data/damaged_samples"
+"""Samples that could not be read or decoded and were skipped, since the run began, on all ranks."""
+
+DATA_FETCHED_BYTES = "data/fetched_bytes"
+"""Bytes of remote shards that came over the network since the workers began, on all ranks; the next three likewise."""
+DATA_CACHED_BYTES = "data/cached_bytes"
+DATA_FETCH_RETRIES = "data/fetch_retries"
+DATA_STALL_SECONDS = "data/stall_seconds"
+"""Seconds that loader processes waited because their read-ahead had not come yet."""
+
 AUTOENCODER_RECONSTRUCTION = "autoencoder/reconstruction"
 AUTOENCODER_LPIPS = "autoencoder/lpips"
 AUTOENCODER_KL = "autoencoder/kl"

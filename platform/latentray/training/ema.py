@@ -20,17 +20,17 @@ from latentray.training.engine import Engine
 class EMA:
     """The average of one engine's weights; every rank holds the part it optimises."""
 
-    def __init__(self, engine: Engine, *, half_life_samples: int, global_batch_size: int) -> None:
+    def __init__(self, engine: Engine, *, half_life_samples: int) -> None:
         self.engine = engine
-        self.beta = 0.5 ** (global_batch_size / half_life_samples)
+        self.half_life_samples = half_life_samples
         self.updates = 0
         self.partitions: list[Tensor] = [p.detach().clone() for p in engine.master_partitions()]
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move towards the weights; call it after each optimizer step."""
+    def update(self, samples: int) -> None:
+        """Move towards the weights; call it after each optimizer step, with the samples of its global batch."""
         self.updates += 1
-        beta = min(self.beta, (1 + self.updates) / (10 + self.updates))
+        beta = min(0.5 ** (samples / self.half_life_samples), (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self.partitions, [p.detach() for p in self.engine.master_partitions()], 1 - beta)
 
     @contextlib.contextmanager

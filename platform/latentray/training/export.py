@@ -63,7 +63,9 @@ def autoencoder(
     held_out = validation_uri if store.exists(store.join(validation_uri, manifest.NAME)) else training.uri
     validation = IndexedShards.open(held_out)
     originals = autoencoders.load_pictures(validation, config.size, limit=_VALIDATION_SAMPLES)
-    network = feature_networks.of_dataset(store.join(config.data or "", "feature_network"), training, config.size)
+    network = feature_networks.of_dataset(
+        store.join(store.parent(training.uri), "feature_network"), training, config.size
+    )
     card, rebuilt = autoencoders.measure(net, originals, perceptual=perceptual, network=network, device=worker.device)
     shown = autoencoders.spread(len(originals), _GRID)
     grid = pictures.pairs(originals[shown], rebuilt[shown], columns=8, scale=2 if config.size <= 128 else 1)

@@ -20,10 +20,9 @@ from latentray.checkpoint import manifest, store
 from latentray.config import compose
 from latentray.config.train import Train
 from latentray.data import latents
-from latentray.data.shards import IndexedShards
 from latentray.diffusion import samplers, schedules
 from latentray.errors import ConfigError, FingerprintMismatch, InputMissing, TrainingFailed
-from latentray.training import checkpoint
+from latentray.training import checkpoint, feed
 from latentray.training.state import Worker
 
 RESULTS = {"autoencoder": "autoencoder", "diffusion": "model"}
@@ -86,10 +85,9 @@ def preflight(config: Train, out: str) -> dict[str, str]:
 
 
 def _preflight_data(config: Train) -> dict[str, str]:
-    if not config.data:
+    if not config.data and not config.mixture.of:
         raise ConfigError("Stage 1 needs pictures.", where="data", mend="Add data=<what build_shards wrote>.")
-    shards = IndexedShards.open(store.join(store.absolute(config.data), "train"))
-    shards.verify()
+    opened = _verified(config)
     weights = config.stage.lpips.weights
     if weights is not None and not store.local_path(weights).is_file():
         raise InputMissing(
@@ -97,21 +95,21 @@ def _preflight_data(config: Train) -> dict[str, str]:
             where="stage.lpips.weights",
             mend=f"Check the path {weights}.",
         )
-    _require_world(config)
-    return {"dataset": shards.manifest.digest}
+    return opened.inputs
 
 
 def _preflight_latents(config: Train) -> dict[str, str]:
-    if not config.latents:
+    if not config.latents and not config.mixture.of:
         raise ConfigError(
             "Stage 2 needs latents.", where="latents", mend="Add latents=<what precompute_latents wrote>."
         )
-    uri = store.join(store.absolute(config.latents), "train")
-    shards = IndexedShards.open(uri, kind=latents.KIND)
-    shards.verify()
-    described = latents.describe(uri, shards.manifest)
-    artifact = build.autoencoder_artifact(store.absolute(config.autoencoder_from or described.autoencoder_uri))
-    described.require_autoencoder(artifact)
+    opened = _verified(config)
+    described = [latents.describe(one.uri, one.manifest) for one in opened.sets]
+    first = described[0]
+    artifact = build.autoencoder_artifact(store.absolute(config.autoencoder_from or first.autoencoder_uri))
+    for one in described:
+        one.require_autoencoder(artifact)
+        one.require_like(first)
     samplers.table(
         config.stage.sampler,
         schedules.build(config.objective),
@@ -120,22 +118,27 @@ def _preflight_latents(config: Train) -> dict[str, str]:
     )  # refuses what the model could not be sampled with by default
     net = config.denoiser
     for key, have, want in (
-        ("denoiser.in_channels", net.in_channels, described.channels),
-        ("denoiser.out_channels", net.out_channels, described.channels),
-        ("denoiser.context_width", net.context_width, described.text_width),
+        ("denoiser.in_channels", net.in_channels, first.channels),
+        ("denoiser.out_channels", net.out_channels, first.channels),
+        ("denoiser.context_width", net.context_width, first.text_width),
     ):
         if have != want:
             raise ConfigError(f"{key} is {have}, but the latents have {want}.", where=key, mend=f"Set {key}={want}.")
-    _require_world(config)
-    return {"latents": shards.manifest.digest, "autoencoder": artifact.digest}
+    return opened.inputs | {"autoencoder": artifact.digest}
+
+
+def _verified(config: Train) -> feed.Feed:
+    """The run's data sets, opened and checked; with damage.policy=skip, damage is found and counted on the way."""
+    config.require_divisible(_world(config))
+    opened = feed.Feed.open(config)
+    if not opened.skip_damaged:
+        for one in opened.sets:
+            one.verify()
+    return opened
 
 
 def _world(config: Train) -> int:
     return config.cluster.workers if config.cluster.kind == "ray" else int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _require_world(config: Train) -> None:
-    config.require_divisible(_world(config))
 
 
 def _bytes_needed(config: Train) -> int:
@@ -282,7 +285,8 @@ def _absolute(config: Train) -> Train:
         for key in ("data", "latents", "autoencoder_from")
         if (value := getattr(config, key)) is not None
     }
-    return dataclasses.replace(config, **changed)
+    mixture = [dataclasses.replace(one, uri=store.absolute(one.uri)) for one in config.mixture.of]
+    return dataclasses.replace(config, mixture=dataclasses.replace(config.mixture, of=mixture), **changed)
 
 
 def _ray_worker(config: dict[str, Any], run: str, out: str) -> None:

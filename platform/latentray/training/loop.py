@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from latentray.checkpoint import store
 from latentray.config import compose
-from latentray.data.ordering import Order
-from latentray.data.shards import IndexedShards
+from latentray.data.ordering import Cursor
 from latentray.errors import TrainingFailed
 from latentray.reporting.progress import Progress
 from latentray.tracking import names
 from latentray.training import checkpoint, export
 from latentray.training.ema import EMA
 from latentray.training.engine import Engine
+from latentray.training.feed import Feed, Ledger
 from latentray.training.stage1 import AutoencoderStage
 from latentray.training.stage2 import DiffusionStage
 from latentray.training.state import Worker
@@ -33,8 +35,7 @@ class Stage(Protocol):
 
     engines: dict[str, Engine]
     engine: Engine
-    shards: IndexedShards
-    order: Order
+    feed: Feed
     inputs: dict[str, str]
 
     @property
@@ -60,17 +61,26 @@ def run(worker: Worker, *, on_checkpoint: Callable[[str, int], None] = lambda ur
     """
     config = worker.config
     stage = STAGES[config.stage.name](worker)
-    ema = EMA(stage.engine, half_life_samples=config.ema_half_life_samples, global_batch_size=config.global_batch_size)
+    ema = EMA(stage.engine, half_life_samples=config.ema_half_life_samples)
     fingerprint = _fingerprint(worker)
-    first = _resume(worker, stage, ema, fingerprint)
-    micro, _ = config.micro_and_accumulation(worker.world)
-    telemetry = Telemetry(worker, facts=stage.facts, resumed_at=first * config.global_batch_size)
-    batch_size, total = config.global_batch_size, config.steps * config.global_batch_size
-    progress = Progress(total, config.stage.name, start_samples=first * batch_size) if worker.leads else None
+    cursor = _resume(worker, stage, ema, fingerprint)
+    first = cursor.step if cursor else 0
+    order = stage.feed.order
+    ledger = Ledger(
+        stage.feed,
+        allowed=config.damage.max_bad_fraction,
+        device=worker.device,
+        damaged_before=cursor.damaged if cursor else 0,
+    )
+    _, accumulation = config.micro_and_accumulation(worker.world)
+    last = order.steps_to(config.total_samples)
+    begun, total = order.samples_before(first), order.samples_before(last)
+    telemetry = Telemetry(worker, facts=stage.facts, resumed_at=begun)
+    progress = Progress(total, config.stage.name, start_samples=begun) if worker.leads else None
 
     def save(step: int) -> None:
         telemetry.upload()  # before the checkpoint: a run that continues from it finds every line up to it
-        cursor = stage.order.cursor(step, stage.shards.digest).to_dict()
+        cursor = order.cursor(step, damaged=ledger.damaged()).to_dict()
         uri = checkpoint.save(
             worker,
             stage.engines,
@@ -82,22 +92,27 @@ def run(worker: Worker, *, on_checkpoint: Callable[[str, int], None] = lambda ur
         )
         on_checkpoint(uri, step)
 
-    batches = stage.batches(first, config.steps)
+    batches = stage.batches(first, last)
     try:
-        for step in range(first, config.steps):
+        for step in range(first, last):
             asked = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - asked
-            samples = step * batch_size
-            lr = config.optimizer.lr_at(samples + batch_size, total)
+            ledger.note(batch)
+            samples, seen = order.samples_before(step), order.samples_before(step + 1)
+            lr = config.optimizer.lr_at(seen, total)
             for engine in stage.engines.values():
                 engine.set_lr(lr)
-            metrics = [stage.step(part, samples) for part in stage.micro_batches(batch, micro)]
-            ema.update()
+            metrics = [stage.step(part, samples) for part in stage.micro_batches(batch, len(batch.ids) // accumulation)]
+            ema.update(seen - samples)
             telemetry.step(metrics, data_wait=waited, seconds=time.perf_counter() - asked)
-            seen = samples + batch_size
-            if _crossed(samples, seen, config.log_every_samples) or step == config.steps - 1:
-                logged = telemetry.flush(seen, lr=lr, gradient_norm=stage.engine.gradient_norm)
+            if _crossed(samples, seen, config.log_every_samples) or step == last - 1:
+                about = {
+                    names.TRAIN_LEARNING_RATE: lr,
+                    names.TRAIN_GRADIENT_NORM: stage.engine.gradient_norm,
+                    names.TRAIN_EPOCH: min(order.epochs_before(step + 1)),
+                } | ledger.figures()
+                logged = telemetry.flush(seen, about)
                 if progress is not None:
                     progress.update(
                         seen,
@@ -110,6 +125,7 @@ def run(worker: Worker, *, on_checkpoint: Callable[[str, int], None] = lambda ur
                 save(step + 1)
         if progress is not None:
             progress.close()
+        _take_idle_threads(worker)
         exported = stage.finish(ema)
         if exported is not None:
             telemetry.exported(exported, samples=total)
@@ -119,18 +135,25 @@ def run(worker: Worker, *, on_checkpoint: Callable[[str, int], None] = lambda ur
             engine.close()
 
 
-def _resume(worker: Worker, stage: Stage, ema: EMA, fingerprint: str) -> int:
-    """The step to begin with: 0, or the one after the newest valid checkpoint, then loaded."""
+def _take_idle_threads(worker: Worker) -> None:
+    """Rank 0 measures and exports alone: the threads of its node's other ranks are free for it."""
+    if worker.leads and worker.device.type == "cpu":
+        torch.set_num_threads(torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _resume(worker: Worker, stage: Stage, ema: EMA, fingerprint: str) -> Cursor | None:
+    """Load the newest valid checkpoint and go on with its place in the data; None where there is none."""
     found: list[checkpoint.Saved | None] = [checkpoint.newest(worker.out) if worker.leads else None]
     dist.broadcast_object_list(found, src=0)
     saved = found[0]
     if saved is None:
-        return 0
+        return None
     checkpoint.restore(worker, saved, stage.engines, ema, fingerprint=fingerprint)
-    step = stage.order.resume(type(stage.order.cursor(0, "")).from_dict(saved.cursor), stage.shards.digest)
+    cursor = Cursor.from_dict(saved.cursor)
+    stage.feed = stage.feed.resumed(cursor)
     if worker.leads:
-        print(f"resumed from {saved.uri} at step {step}", flush=True)
-    return step
+        print(f"resumed from {saved.uri} at step {cursor.step}", flush=True)
+    return cursor
 
 
 def _fingerprint(worker: Worker) -> str:

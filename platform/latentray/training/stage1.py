@@ -15,9 +15,8 @@ from torch import Tensor
 
 from latentray import build, randomness
 from latentray.checkpoint import store
-from latentray.data.ordering import Order
-from latentray.data.pipeline import picture_batches
-from latentray.data.shards import IndexedShards
+from latentray.data.picture_batches import picture_batches
+from latentray.data.transforms import Augment
 from latentray.models import perceptual
 from latentray.models.autoencoder import KLAutoencoder, Posterior, last_layer_gradient
 from latentray.models.discriminator import PatchDiscriminator, adaptive_weight, discriminator_hinge, generator_hinge
@@ -27,6 +26,7 @@ from latentray.tracking import names
 from latentray.training import export
 from latentray.training.ema import EMA
 from latentray.training.engine import Engine
+from latentray.training.feed import Feed
 from latentray.training.state import Worker
 
 
@@ -36,10 +36,8 @@ class AutoencoderStage:
     def __init__(self, worker: Worker) -> None:
         config = worker.config
         self.worker, self.stage = worker, config.stage
-        self.shards = IndexedShards.open(store.join(config.data or "", "train"))
-        self.validation_uri = store.join(config.data or "", "validation")
-        self.order = Order(self.shards.count, config.seed, config.global_batch_size)
-        self.inputs = {"dataset": self.shards.manifest.digest}
+        self.feed = Feed.open(config)
+        self.inputs = self.feed.inputs
         net = build.seeded(lambda: KLAutoencoder(config.autoencoder), config.seed)
         last = net.decoder.conv_out.weight.shape  # ZeRO-3 empties shapes once the engine holds the network
         self.last_shape = torch.Size(last)
@@ -64,11 +62,6 @@ class AutoencoderStage:
             critic = build.seeded(lambda: PatchDiscriminator(channels=d.channels, layers=d.layers), config.seed + 1)
             self.discriminator = Engine(critic, config, world=worker.world, device=worker.device, lr=d.lr)
             self.engines["discriminator"] = self.discriminator
-        self.latent_shape = (
-            config.autoencoder.latent_channels,
-            config.size // config.autoencoder.downsampling,
-            config.size // config.autoencoder.downsampling,
-        )
 
     @property
     def facts(self) -> dict[str, object]:
@@ -80,64 +73,75 @@ class AutoencoderStage:
 
     def batches(self, first_step: int, last_step: int) -> Iterator[PictureBatch]:
         config = self.worker.config
-        return picture_batches(
-            self.shards,
-            self.order,
+        return self.feed.batches(
+            picture_batches,
             rank=self.worker.rank,
             world=self.worker.world,
             first_step=first_step,
             last_step=last_step,
-            size=config.size,
-            flip=config.flip,
+            shapes=self.feed.shapes or [(config.size, config.size)],
+            augment=Augment(crop=config.crop, flip=config.flip),
             workers=config.loader_workers,
         )
 
     def micro_batches(self, batch: PictureBatch, size: int) -> Iterator[PictureBatch]:
         for i in range(0, len(batch.ids), size):
-            yield PictureBatch(x_BCHW=batch.x_BCHW[i : i + size], ids=batch.ids[i : i + size])
+            part = slice(i, i + size)
+            yield PictureBatch(
+                x_BCHW=batch.x_BCHW[part],
+                size_B6=batch.size_B6[part],
+                captions=batch.captions[part],
+                ids=batch.ids[part],
+                weight_B=batch.weight_B[part],
+            )
 
     def step(self, batch: PictureBatch, samples: int) -> dict[str, Tensor]:
         """Forward, backward and step of both engines on one micro-batch; metrics are means over it, detached."""
         stage, device = self.stage, self.worker.device
-        x = batch.x_BCHW.to(device)
+        x, weight = batch.x_BCHW.to(device), batch.weight_B.to(device)
         keys = randomness.keys_of(self.worker.config.seed, Purpose.POSTERIOR, batch.ids, device=device)
-        noise = randomness.normal(keys, self.latent_shape)
+        net = self.worker.config.autoencoder
+        latent_shape = (net.latent_channels, x.shape[2] // net.downsampling, x.shape[3] // net.downsampling)
+        noise = randomness.normal(keys, latent_shape)
         rec, mean, logvar, features = self.engine(x.to(self.engine.dtype), noise.to(self.engine.dtype))
         posterior = Posterior(mean_BChw=mean, logvar_BChw=logvar)
         metrics: dict[str, Tensor] = {}
-        loss = self._reconstruction(rec.float(), x, samples, metrics) + stage.kl_weight * posterior.kl().mean()
-        metrics[names.AUTOENCODER_KL] = posterior.kl().mean()
+        kl = (weight * posterior.kl()).mean()
+        loss = self._reconstruction(rec.float(), x, weight, samples, metrics) + stage.kl_weight * kl
+        metrics[names.AUTOENCODER_KL] = kl
         adversarial = self.discriminator is not None and samples >= stage.discriminator.start_samples
         if adversarial:
-            loss = loss + self._adversarial(rec, x, features, samples, metrics)
+            loss = loss + self._adversarial(rec, x, weight, features, samples, metrics)
         self.engine.backward(loss)
         self.engine.step()
         if adversarial:
-            self._critic_step(x, rec.detach(), metrics)
+            self._critic_step(x, rec.detach(), weight, metrics)
         metrics[names.TRAIN_LOSS] = loss
         return {name: value.detach() for name, value in metrics.items()}
 
-    def _reconstruction(self, rec: Tensor, x: Tensor, samples: int, metrics: dict[str, Tensor]) -> Tensor:
+    def _reconstruction(
+        self, rec: Tensor, x: Tensor, weight_B: Tensor, samples: int, metrics: dict[str, Tensor]
+    ) -> Tensor:
         """Pixel distance and, once it has begun, LPIPS; (B,3,H,W) each -> scalar."""
         error = (rec - x).abs() if self.stage.reconstruction == "l1" else (rec - x).square()
-        loss = error.mean()
+        loss = (weight_B * error.flatten(1).mean(1)).mean()
         metrics[names.AUTOENCODER_RECONSTRUCTION] = loss
         if self.perceptual is not None and samples >= self.stage.lpips.start_samples:
-            distance = self.perceptual(rec, x).mean()
+            distance = (weight_B * self.perceptual(rec, x)).mean()
             metrics[names.AUTOENCODER_LPIPS] = distance
             loss = loss + self.stage.lpips.weight * distance
         return loss
 
     def _adversarial(
-        self, rec: Tensor, x: Tensor, features: Tensor, samples: int, metrics: dict[str, Tensor]
+        self, rec: Tensor, x: Tensor, weight_B: Tensor, features: Tensor, samples: int, metrics: dict[str, Tensor]
     ) -> Tensor:
         """A surrogate whose gradient in `rec` is weight * adaptive * d L_adv/d rec."""
         assert self.discriminator is not None
         leaf = rec.detach().requires_grad_(True)
-        value = generator_hinge(self.discriminator.module(leaf))
+        value = generator_hinge(self.discriminator.module(leaf), weight_B)
         (grad_adversarial,) = torch.autograd.grad(value, leaf)
         leaf = rec.detach().float().requires_grad_(True)
-        (grad_reconstruction,) = torch.autograd.grad(self._reconstruction(leaf, x, samples, {}), leaf)
+        (grad_reconstruction,) = torch.autograd.grad(self._reconstruction(leaf, x, weight_B, samples, {}), leaf)
         patch = self.worker.config.autoencoder.patch
         at_last = [
             last_layer_gradient(g, features, patch, self.last_shape) for g in (grad_reconstruction, grad_adversarial)
@@ -150,11 +154,11 @@ class AutoencoderStage:
         metrics[names.AUTOENCODER_ADAPTIVE_WEIGHT] = weight
         return self.stage.discriminator.weight * weight * (rec.float() * grad_adversarial.float()).sum()
 
-    def _critic_step(self, x: Tensor, rec: Tensor, metrics: dict[str, Tensor]) -> None:
+    def _critic_step(self, x: Tensor, rec: Tensor, weight_B: Tensor, metrics: dict[str, Tensor]) -> None:
         assert self.discriminator is not None
         both = self.discriminator(torch.cat([x.to(rec.dtype), rec]))  # one forward per backward
         real, fake = both.chunk(2)
-        loss = discriminator_hinge(real, fake)
+        loss = discriminator_hinge(real, fake, weight_B)
         self.discriminator.backward(loss)
         self.discriminator.step()
         metrics[names.DISCRIMINATOR_LOSS] = loss
@@ -169,8 +173,8 @@ class AutoencoderStage:
         return export.autoencoder(
             self.worker,
             state,
-            self.shards,
-            self.validation_uri,
+            self.feed.sets[0],
+            store.join(store.parent(self.feed.sets[0].uri), "validation"),
             perceptual=self.perceptual,
             inputs=self.inputs,
             facts=self.facts,

@@ -8,11 +8,8 @@ import torch
 from torch import Tensor
 
 from latentray import build, randomness
-from latentray.checkpoint import store
 from latentray.data import latents
-from latentray.data.ordering import Order
-from latentray.data.pipeline import latent_batches
-from latentray.data.shards import IndexedShards
+from latentray.data.latent_batches import latent_batches
 from latentray.diffusion import losses, schedules, timesteps
 from latentray.models.autoencoder import Posterior
 from latentray.models.unet import UNet
@@ -22,6 +19,7 @@ from latentray.tracking import names
 from latentray.training import export
 from latentray.training.ema import EMA
 from latentray.training.engine import Engine
+from latentray.training.feed import Feed
 from latentray.training.state import Worker
 
 
@@ -31,11 +29,10 @@ class DiffusionStage:
     def __init__(self, worker: Worker) -> None:
         config = worker.config
         self.worker, self.stage, self.objective = worker, config.stage, config.objective
-        uri = store.join(config.latents or "", "train")
-        self.shards = IndexedShards.open(uri, kind=latents.KIND)
-        self.store = latents.describe(uri, self.shards.manifest)
-        self.order = Order(self.shards.count, config.seed, config.global_batch_size)
-        self.inputs = {"latents": self.shards.manifest.digest}
+        self.feed = Feed.open(config)
+        self.inputs = self.feed.inputs
+        first = self.feed.sets[0]
+        self.store = latents.describe(first.uri, first.manifest)
         self.schedule = schedules.build(config.objective)
         net = build.seeded(lambda: UNet(config.denoiser), config.seed)
         self.engine = Engine(net, config, world=worker.world, device=worker.device)
@@ -47,9 +44,8 @@ class DiffusionStage:
         return {"autoencoder": self.store.autoencoder_fingerprint, "text_encoder": self.store.text_fingerprint}
 
     def batches(self, first_step: int, last_step: int) -> Iterator[LatentBatch]:
-        return latent_batches(
-            self.shards,
-            self.order,
+        return self.feed.batches(
+            latent_batches,
             rank=self.worker.rank,
             world=self.worker.world,
             first_step=first_step,
@@ -67,6 +63,7 @@ class DiffusionStage:
                 logvar_BChw=batch.logvar_BChw[part],
                 text=batch.text.rows(part),
                 ids=batch.ids[part],
+                weight_B=batch.weight_B[part],
             )
 
     def step(self, batch: LatentBatch, samples: int) -> dict[str, Tensor]:
@@ -92,7 +89,7 @@ class DiffusionStage:
         context = torch.where(dropped[:, None, None], self.empty.tokens_BLD, batch.text.tokens_BLD.to(device))
         dtype = self.engine.dtype
         y = self.engine(noised.x_BChw.to(dtype), noised.t_B, context.to(dtype))
-        loss = losses.mean_squared(y, noised).mean()
+        loss = (batch.weight_B.to(device) * losses.mean_squared(y, noised)).mean()
         self.engine.backward(loss)
         self.engine.step()
         return {names.TRAIN_LOSS: loss.detach()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -57,15 +58,14 @@ class Telemetry:
         self._waited += data_wait
         self._busy += seconds
 
-    def flush(self, samples: int, *, lr: float, gradient_norm: float) -> dict[str, float]:
-        """Means since the last flush, over all ranks; logged on rank 0. Collective."""
+    def flush(self, samples: int, about: Mapping[str, float]) -> dict[str, float]:
+        """Means since the last flush, over all ranks, and what else there is to say; logged on rank 0. Collective."""
         order = sorted(self._sums)
         means = torch.stack([self._sums[name] / self._counts[name] for name in order])
         dist.all_reduce(means)
         logged = dict(zip(order, (means / self.worker.world).tolist(), strict=True))
         now = time.perf_counter()
-        logged[names.TRAIN_LEARNING_RATE] = lr
-        logged[names.TRAIN_GRADIENT_NORM] = gradient_norm
+        logged |= about
         logged[names.TRAIN_SAMPLES_PER_SECOND] = (samples - self._samples) / max(now - self._since, 1e-9)
         logged[names.TRAIN_DATA_WAIT_SHARE] = self._waited / max(self._busy, 1e-9)
         self._sums, self._counts, self._waited, self._busy = {}, {}, 0.0, 0.0

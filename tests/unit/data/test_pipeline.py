@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 
 from latentray.checkpoint import manifest
-from latentray.data import pipeline, shards
+from latentray.data import index, latent_batches, picture_batches, pipeline, shards
+from latentray.data.buckets import Bucket, Bucketed
 from latentray.data.ordering import Order
+from latentray.data.transforms import Augment
 from latentray.errors import ConfigError, DataError, DigestMismatch
 
 N, B = 10, 4
@@ -29,7 +31,7 @@ def png(value: int) -> bytes:
 def publish(folder, uri, made, kind):
     folder.mkdir()
     halves = [shards.write_shard(made[i::2], folder / shards.shard_name(i)) for i in range(2)]
-    shards.write_index(halves, folder / shards.INDEX)
+    index.write(halves, folder / index.NAME)
     manifest.publish(folder, uri, kind=kind)
     return shards.IndexedShards.open(uri, kind=kind)
 
@@ -66,19 +68,19 @@ def latents(tmp_path_factory):
 
 
 def picture_run(data, *, workers=0, world=1, rank=0, first=0, last=6, **options):
-    options = {"size": 16, "flip": True} | options
-    order = Order(data.count, 3, B)
+    options = {"shapes": [(16, 16)], "augment": Augment(flip=True)} | options
+    order = Order.of(data.count, 3, B)
     return list(
-        pipeline.picture_batches(
-            data, order, rank=rank, world=world, first_step=first, last_step=last, workers=workers, **options
+        picture_batches.picture_batches(
+            [data], order, rank=rank, world=world, first_step=first, last_step=last, workers=workers, **options
         )
     )
 
 
 def test_batches_follow_the_order_and_hold_the_right_pixels(pictures):
-    order = Order(N, 3, B)
-    batches = picture_run(pictures, flip=False)
-    assert [batch.ids for batch in batches] == [order.step(k) for k in range(6)]
+    order = Order.of(N, 3, B)
+    batches = picture_run(pictures, augment=Augment())
+    assert [batch.ids for batch in batches] == [order.step(k).ids for k in range(6)]
     for batch in batches:
         assert batch.x_BCHW.shape == (B, 3, 16, 16)
         assert batch.x_BCHW.dtype == torch.float32
@@ -96,14 +98,11 @@ def test_each_picture_once_an_epoch(pictures):
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [1, 3])
 def test_loader_workers_change_nothing(pictures, workers):
-    for (one, texts), (other, texts_too) in zip(
-        picture_run(pictures, with_captions=True),
-        picture_run(pictures, workers=workers, with_captions=True),
-        strict=True,
-    ):
+    for one, other in zip(picture_run(pictures), picture_run(pictures, workers=workers), strict=True):
         assert one.ids == other.ids
         assert torch.equal(one.x_BCHW, other.x_BCHW)
-        assert texts == texts_too
+        assert torch.equal(one.size_B6, other.size_B6)
+        assert one.captions == other.captions
 
 
 def test_ranks_join_to_the_whole_batch_and_a_resumed_run_continues(pictures):
@@ -115,29 +114,41 @@ def test_ranks_join_to_the_whole_batch_and_a_resumed_run_continues(pictures):
 
 
 def test_flips_and_captions_are_drawn_per_sample_and_epoch(pictures):
-    drawn = picture_run(pictures, last=60, with_captions=True)
-    flips = [(x[:, :, 8:] > -1).all().item() for batch, _ in drawn for x in batch.x_BCHW]
+    drawn = picture_run(pictures, last=60)
+    flips = [(x[:, :, 8:] > -1).all().item() for batch in drawn for x in batch.x_BCHW]
     assert 0.35 < np.mean(flips) < 0.65
-    firsts = [text.startswith("first") for _, texts in drawn for text in texts]
+    firsts = [text.startswith("first") for batch in drawn for text in batch.captions]
     assert 0.35 < np.mean(firsts) < 0.65
-    for batch, texts in drawn[:5]:
-        assert [text.split()[1] for text in texts] == [pictures.key(i.index).lstrip("0") or "0" for i in batch.ids]
+    for batch in drawn[:5]:
+        assert [text.split()[1] for text in batch.captions] == [
+            pictures.key(i.index).lstrip("0") or "0" for i in batch.ids
+        ]
 
 
 def test_without_an_end_it_never_ends(pictures):
-    order = Order(N, 3, B)
-    batches = pipeline.picture_batches(
-        pictures, order, rank=0, world=1, first_step=1000, last_step=None, size=16, flip=False, workers=2
+    order = Order.of(N, 3, B)
+    batches = picture_batches.picture_batches(
+        [pictures],
+        order,
+        rank=0,
+        world=1,
+        first_step=1000,
+        last_step=None,
+        shapes=[(16, 16)],
+        augment=Augment(),
+        workers=2,
     )
-    assert next(batches).ids == order.step(1000)
-    assert next(batches).ids == order.step(1001)
+    assert next(batches).ids == order.step(1000).ids
+    assert next(batches).ids == order.step(1001).ids
     batches.close()
 
 
 def latent_run(data, workers=0, **options):
-    order = Order(data.count, 3, B)
+    order = Order.of(data.count, 3, B)
     return list(
-        pipeline.latent_batches(data, order, rank=0, world=1, first_step=0, last_step=6, workers=workers, **options)
+        latent_batches.latent_batches(
+            [data], order, rank=0, world=1, first_step=0, last_step=6, workers=workers, **options
+        )
     )
 
 
@@ -200,11 +211,30 @@ def test_what_does_not_fit_is_refused(pictures, latents):
     with pytest.raises(DataError, match="no latent"):
         latent_run(pictures)
     with pytest.raises(DataError, match="order is of"):
-        next(pipeline.latent_batches(latents, Order(N + 1, 0, B), rank=0, world=1, first_step=0, last_step=1))
+        next(
+            latent_batches.latent_batches([latents], Order.of(N + 1, 0, B), rank=0, world=1, first_step=0, last_step=1)
+        )
 
 
 def test_the_pipeline_can_be_sent_to_a_fresh_process(pictures):
-    source = pipeline.OrderedSource(pictures, Order(N, 3, B), rank=0, world=1, first_step=2, last_step=3)
+    source = pipeline.OrderedSource([pictures], Order.of(N, 3, B), rank=0, world=1, first_step=2, last_step=3)
     stages = pipeline.raw_pipeline(source)
     sent = pickle.loads(pickle.dumps(stages))
-    assert [s["__id__"] for s in sent] == [s["__id__"] for s in stages] == Order(N, 3, B).step(2)
+    assert [s["__id__"] for s in sent] == [s["__id__"] for s in stages] == Order.of(N, 3, B).step(2).ids
+
+
+def test_each_bucket_has_its_shape_and_tells_what_was_cut(tmp_path):
+    made = [
+        shards.Sample(key=f"{i:03d}", members={"png": png(20), "txt": b"x"}, columns={"width": 16, "height": 20})
+        for i in range(N)
+    ]
+    data = publish(tmp_path / "built", tmp_path / "set", made, "dataset")
+    shapes = [(8, 8), (16, 8)]  # the pictures, 20 x 16, are nearer to the square
+    table = tuple(Bucket(size=8, height=h, width=w, batch=B) for h, w in shapes)
+    order = Order((Bucketed(data.index, data.digest, table),), 3, (B, B))
+    settings = dict(rank=0, world=1, first_step=0, last_step=3, shapes=shapes, augment=Augment(crop="random"))
+    for batch in picture_batches.picture_batches([data], order, **settings):
+        assert batch.x_BCHW.shape == (B, 3, 8, 8)
+        assert (batch.size_B6[:, :2] == torch.tensor([20.0, 16.0])).all()
+        assert (batch.size_B6[:, 4:] == 8).all()
+        assert set(batch.size_B6[:, 2].tolist()) <= {0.0, 1.0, 2.0}  # of ten rows eight are kept

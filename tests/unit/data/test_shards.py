@@ -9,7 +9,7 @@ import pytest
 import webdataset
 
 from latentray.checkpoint import manifest
-from latentray.data import shards
+from latentray.data import index, shards, tars
 from latentray.errors import ArtifactError, DigestMismatch, InputMissing, UnsafeMember
 
 
@@ -18,7 +18,7 @@ def samples(n: int, first: int = 0) -> list[shards.Sample]:
         shards.Sample(
             key=f"{i:09d}",
             members={"png": bytes([i % 256]) * (100 + 97 * i), "txt": f"text {i}".encode(), "json": b"{}"},
-            columns={"width": i, "sha256": f"{i:x}"},
+            columns={"width": i, "sha256": i.to_bytes(32)},
         )
         for i in range(first, first + n)
     ]
@@ -33,7 +33,7 @@ def data_set(tmp_path):
         shards.write_shard(samples(4), folder / "00000.tar"),
         shards.write_shard(samples(3, first=4), folder / "00001.tar"),
     ]
-    shards.write_index(results[::-1], folder / shards.INDEX)
+    index.write(results[::-1], folder / index.NAME)
     manifest.publish(folder, uri, kind="dataset")
     return uri
 
@@ -41,7 +41,7 @@ def data_set(tmp_path):
 def test_bytes_are_deterministic_plain_ustar(tmp_path):
     results = [shards.write_shard(samples(5), tmp_path / name) for name in ("a.tar", "b.tar")]
     assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
-    assert results[0].rows == results[1].rows
+    assert results[0].table == results[1].table
     with tarfile.open(tmp_path / "a.tar") as tar:
         for member in tar:
             assert (member.mtime, member.uname, member.gname, member.uid) == (0, "", "", 0)
@@ -53,7 +53,7 @@ def test_long_and_foreign_keys(tmp_path):
     folder.mkdir()
     keys = ["d" * 90 + "/" + "k" * 60, "é中"]
     made = [shards.Sample(key=key, members={"txt": key.encode()}) for key in keys]
-    shards.write_index([shards.write_shard(made, folder / "00000.tar")], folder / shards.INDEX)
+    index.write([shards.write_shard(made, folder / "00000.tar")], folder / index.NAME)
     manifest.publish(folder, tmp_path / "set", kind="dataset")
     opened = shards.IndexedShards.open(tmp_path / "set")
     assert [opened.read(x)["txt"].decode() for x in range(2)] == keys
@@ -69,7 +69,7 @@ def test_read_gives_what_was_written_in_canonical_order(data_set):
         assert raw.pop("__url__").endswith("00000.tar" if i < 4 else "00001.tar")
         assert raw == sample.members
     assert opened.column("width").to_pylist() == list(range(7))
-    assert opened.shard_numbers.tolist() == [0] * 4 + [1] * 3
+    assert [opened.index.rows_of(n) for n in range(2)] == [range(4), range(4, 7)]
     opened.verify()
 
 
@@ -80,8 +80,8 @@ def test_index_locates_byte_ranges(data_set):
     assert len(data) == entry.bytes
     assert length % 512 == 0
     assert data[offset:].startswith(b"000000005.json")
-    assert google_crc32c.value(data[offset : offset + length]) == opened._table["crc32c"][5].as_py()
-    assert opened.digest == manifest.read(data_set).files[shards.INDEX].sha256
+    assert google_crc32c.value(data[offset : offset + length]) == opened.index.table["crc32c"][5].as_py()
+    assert opened.digest == manifest.read(data_set).files[index.NAME].sha256
 
 
 def test_webdataset_reads_the_same(data_set, monkeypatch):
@@ -142,7 +142,7 @@ def test_a_cut_or_missing_shard_is_refused(data_set):
 
 
 def test_a_damaged_index_is_refused(data_set):
-    path = data_set / shards.INDEX
+    path = data_set / index.NAME
     data = bytearray(path.read_bytes())
     data[40] ^= 1
     path.write_bytes(data)
@@ -178,14 +178,14 @@ def test_unsafe_members_are_neither_written_nor_read(tmp_path, data_set):
     with open(tmp_path / "bad.tar", "wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0) as writer:
         writer.write({"__key__": "a", "pyd": b"x"})
     with pytest.raises(UnsafeMember, match=r"a\.pyd"):
-        shards._members((tmp_path / "bad.tar").read_bytes()[:1024], "bad.tar")
+        tars.contents((tmp_path / "bad.tar").read_bytes()[:1024], shard="bad.tar")
 
 
 def test_latents_use_the_same_layout(tmp_path):
     folder = tmp_path / "built"
     folder.mkdir()
     made = [shards.Sample(key="a_0", members={"latent.safetensors": b"1", "json": b"{}"}, columns={"source": "a"})]
-    shards.write_index([shards.write_shard(made, folder / "00000.tar")], folder / shards.INDEX)
+    index.write([shards.write_shard(made, folder / "00000.tar")], folder / index.NAME)
     manifest.publish(folder, tmp_path / "set", kind="latents")
     opened = shards.IndexedShards.open(tmp_path / "set", kind="latents")
     assert set(opened.read(0)) == {"__key__", "__url__", "latent.safetensors", "json"}

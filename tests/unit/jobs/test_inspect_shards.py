@@ -10,7 +10,7 @@ from PIL import Image
 from latentray.checkpoint import manifest
 from latentray.config import command, compose
 from latentray.config.inspect_shards import InspectShards
-from latentray.data import inspection, shards
+from latentray.data import index, inspection, shards
 from latentray.evaluation import data_sets
 
 SIZES = [(64, 64), (96, 64), (64, 96), (64, 64), (160, 64), (64, 64)]
@@ -31,7 +31,7 @@ def data(tmp_path):
         width, height = SIZES[i]
         about = json.dumps({"captions": ["one", "two words"] if i == 0 else [f"caption {i % 2}"]}).encode()
         members = {"png": png(width, height, 40 * i), "txt": b"x", "json": about}
-        digest = "same" if i in (3, 5) else str(i)
+        digest = bytes([3 if i == 5 else i] * 32)
         return shards.Sample(
             key=f"{i:03d}", members=members, columns={"width": width, "height": height, "sha256": digest}
         )
@@ -40,7 +40,7 @@ def data(tmp_path):
         shards.write_shard(map(sample, part), folder / shards.shard_name(k))
         for k, part in enumerate((range(4), (4, 5)))
     ]
-    shards.write_index(made, folder / shards.INDEX)
+    index.write(made, folder / index.NAME)
     manifest.publish(folder, str(tmp_path / "data" / "train"), kind="dataset")
     return tmp_path / "data"
 

@@ -8,11 +8,14 @@ from latentray.models.discriminator import PatchDiscriminator, adaptive_weight, 
 
 
 def test_hinge_losses_in_closed_form():
-    real, fake = torch.tensor([2.0, 0.0, -1.0]), torch.tensor([-2.0, 0.0, 1.0])
-    assert float(discriminator_hinge(real, fake)) == pytest.approx(0.5 * ((0 + 1 + 2) / 3 + (0 + 1 + 2) / 3))
-    assert float(discriminator_hinge(torch.ones(3), -torch.ones(3))) == 0.0
-    assert float(generator_hinge(fake)) == pytest.approx(1 / 3)
-    assert discriminator_hinge(real.bfloat16(), fake.bfloat16()).dtype == torch.float32
+    ones = torch.ones(3)
+    real, fake = torch.tensor([[2.0], [0.0], [-1.0]]), torch.tensor([[-2.0], [0.0], [1.0]])
+    assert float(discriminator_hinge(real, fake, ones)) == pytest.approx(0.5 * ((0 + 1 + 2) / 3 + (0 + 1 + 2) / 3))
+    assert float(discriminator_hinge(ones[:, None], -ones[:, None], ones)) == 0.0
+    assert float(generator_hinge(fake, ones)) == pytest.approx(1 / 3)
+    assert discriminator_hinge(real.bfloat16(), fake.bfloat16(), ones).dtype == torch.float32
+    without_last = torch.tensor([1.0, 1.0, 0.0])  # it stays in the divisor
+    assert float(discriminator_hinge(real, fake, without_last)) == pytest.approx(0.5 * ((0 + 1) / 3 + (0 + 1) / 3))
 
 
 def test_the_adaptive_weight_in_closed_form():

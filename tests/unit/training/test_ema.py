@@ -21,11 +21,11 @@ class OneWeight:
 
 def test_it_moves_by_the_formula_and_is_not_the_weights():
     engine = OneWeight(0.0)
-    ema = EMA(engine, half_life_samples=100, global_batch_size=100)
+    ema = EMA(engine, half_life_samples=100)
     engine.weight.fill_(1.0)
     expected = 0.0
     for n in range(1, 30):
-        ema.update()
+        ema.update(100)
         beta = min(0.5, (1 + n) / (10 + n))
         expected = beta * expected + (1 - beta)
         torch.testing.assert_close(ema.partitions[0], torch.full((3,), expected))
@@ -36,28 +36,28 @@ def test_it_moves_by_the_formula_and_is_not_the_weights():
 @pytest.mark.parametrize("batch", [10, 50, 200])
 def test_the_half_life_does_not_depend_on_the_batch(batch):
     engine = OneWeight(1.0)
-    ema = EMA(engine, half_life_samples=1000, global_batch_size=batch)
+    ema = EMA(engine, half_life_samples=1000)
     ema.updates = 10**6  # long past the cap
     engine.weight.zero_()
     for _ in range(1000 // batch):
-        ema.update()
+        ema.update(batch)
     torch.testing.assert_close(ema.partitions[0], torch.full((3,), 0.5))
 
 
 def test_an_export_shows_the_average_and_gives_the_weights_back():
     engine = OneWeight(2.0)
-    ema = EMA(engine, half_life_samples=100, global_batch_size=10)
+    ema = EMA(engine, half_life_samples=100)
     engine.weight.fill_(5.0)
     assert ema.full_state()["weight"].tolist() == [2.0, 2.0, 2.0]
     assert engine.weight.tolist() == [5.0, 5.0, 5.0]
 
 
 def test_it_survives_a_checkpoint(tmp_path):
-    ema = EMA(OneWeight(2.0), half_life_samples=100, global_batch_size=10)
+    ema = EMA(OneWeight(2.0), half_life_samples=100)
     ema.engine.weight.fill_(3.0)
-    ema.update()
+    ema.update(10)
     ema.save(tmp_path / "ema.safetensors")
-    other = EMA(OneWeight(0.0), half_life_samples=100, global_batch_size=10)
+    other = EMA(OneWeight(0.0), half_life_samples=100)
     other.load(tmp_path / "ema.safetensors")
     assert other.updates == 1
     assert torch.equal(other.partitions[0], ema.partitions[0])

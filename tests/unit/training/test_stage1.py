@@ -64,10 +64,10 @@ def test_neither_network_gets_the_others_gradient(stage, monkeypatch):
     seen = {}
     critic_step = stage._critic_step
 
-    def between(x, rec, metrics):
+    def between(x, rec, weight_B, metrics):
         seen["critic"] = gradients(stage.discriminator)
         seen["autoencoder"] = [g.clone() for g in gradients(stage.engine)]
-        critic_step(x, rec, metrics)
+        critic_step(x, rec, weight_B, metrics)
 
     monkeypatch.setattr(stage, "_critic_step", between)
     metrics = stage.step(batch_of(stage), samples=0)
@@ -79,7 +79,7 @@ def test_neither_network_gets_the_others_gradient(stage, monkeypatch):
 
 
 @pytest.mark.parametrize("stage", [[], ["autoencoder.attention=true"], LPIPS], indirect=True)
-def test_the_surrogate_has_the_gradient_of_the_sum_of_the_losses(stage):
+def test_the_surrogate_has_the_gradient_of_the_sum_of_the_losses(stage, tiny):
     config, batch = stage.worker.config, batch_of(stage)
     metrics = stage.step(batch, samples=0)
     got = [p.grad.clone() for p in stage.engine.module.parameters()]
@@ -87,10 +87,11 @@ def test_the_surrogate_has_the_gradient_of_the_sum_of_the_losses(stage):
     net, critic = stage.engine.module, stage.discriminator.module
     net.zero_grad()
     keys = stage1.randomness.keys_of(config.seed, stage1.Purpose.POSTERIOR, batch.ids)
-    rec, mean, logvar, _ = net(batch.x_BCHW, stage1.randomness.normal(keys, stage.latent_shape))
+    noise = stage1.randomness.normal(keys, (config.autoencoder.latent_channels, tiny.SIZE // 8, tiny.SIZE // 8))
+    rec, mean, logvar, _ = net(batch.x_BCHW, noise)
     kl = stage1.Posterior(mean_BChw=mean, logvar_BChw=logvar).kl().mean()
-    reconstruction = stage._reconstruction(rec, batch.x_BCHW, 0, {})
-    adversarial = generator_hinge(critic(rec))
+    reconstruction = stage._reconstruction(rec, batch.x_BCHW, torch.ones(len(rec)), 0, {})
+    adversarial = generator_hinge(critic(rec), torch.ones(len(rec)))
     last = net.decoder.conv_out.weight
     at_last = [torch.autograd.grad(loss, last, retain_graph=True)[0] for loss in (reconstruction, adversarial)]
     weight = adaptive_weight(*at_last)
@@ -101,6 +102,23 @@ def test_the_surrogate_has_the_gradient_of_the_sum_of_the_losses(stage):
     assert float(metrics["autoencoder/adaptive_weight"]) == pytest.approx(float(weight), rel=1e-3)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", [LPIPS], indirect=True)
+def test_a_damaged_sample_leaves_no_trace(stage):
+    def after(pixel):
+        for engine in stage.engines.values():
+            engine.module.zero_grad()
+        batch = batch_of(stage)
+        batch.weight_B[1] = 0.0
+        batch.x_BCHW[1] = pixel
+        metrics = stage.step(batch, samples=0)
+        return metrics, [p.grad.clone() for e in stage.engines.values() for p in e.module.parameters()]
+
+    (one, grads), (other, others) = after(0.0), after(0.7)
+    assert float(one["train/loss"]) == pytest.approx(float(other["train/loss"]), rel=1e-6)
+    for a, b in zip(grads, others, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("stage", [["stage.discriminator.start_samples=100"]], indirect=True)
@@ -125,10 +143,10 @@ def test_the_adaptive_weight_does_not_depend_on_the_number_of_workers(stage, mon
     monkeypatch.setattr(stage1.dist, "all_reduce", lambda t, *a, **k: t.mul_(world))
     rec, *_, features = stage.engine.module(x)
     metrics = {}
-    stage._adversarial(rec, x, features, 0, metrics)
+    stage._adversarial(rec, x, torch.ones(len(x)), features, 0, metrics)
     monkeypatch.setattr(stage1.dist, "all_reduce", lambda t, *a, **k: t)
     stage.worker = types.SimpleNamespace(config=stage.worker.config, world=1, device=torch.device("cpu"))
     alone = {}
-    stage._adversarial(rec, x, features, 0, alone)
+    stage._adversarial(rec, x, torch.ones(len(x)), features, 0, alone)
     name = "autoencoder/adaptive_weight"
     assert float(metrics[name]) == pytest.approx(float(alone[name]), rel=1e-6)

@@ -1,0 +1,161 @@
+"""Batches of latents and embedded captions for stage 2."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from latentray.data.latent_reader import LatentReader, Rows
+from latentray.data.ordering import Order
+from latentray.data.pipeline import READ_AHEAD, OrderedSource, Part, Sample, common, parts_of, places, usable
+from latentray.data.shards import IndexedShards
+from latentray.errors import DataError
+from latentray.randomness import Purpose, keys_of, uniform
+from latentray.records import LATENT_MEMBER, LatentBatch, SampleId, TextEmbedding, Traffic
+
+
+def latent_batches(
+    sets: Sequence[IndexedShards],
+    order: Order,
+    *,
+    rank: int,
+    world: int,
+    first_step: int,
+    last_step: int | None,
+    workers: int = 0,
+    encoder: str | None = None,
+    skip_damaged: bool = False,
+    read_ahead: int = READ_AHEAD,
+) -> Iterator[LatentBatch]:
+    """One LatentBatch per global step in [first_step, last_step), with this rank's slice; text in the type it is stored in.
+
+    Of a sample's captions one is drawn. `encoder` names the text encoder, where the latents hold more than one. Local
+    shards are read by a LatentReader, a batch at a time; remote ones stream through the WebDataset pipeline.
+    Raises as `picture_batches`.
+    """
+    source = OrderedSource(
+        sets,
+        order,
+        rank=rank,
+        world=world,
+        first_step=first_step,
+        last_step=last_step,
+        skip_damaged=skip_damaged,
+        read_ahead=read_ahead,
+    )
+    batch_of = functools.partial(_batch, Template(sets), encoder=encoder, seed=order.seed)
+    if source.is_local:
+        reader = LatentReader(sets, skip_damaged=skip_damaged)
+        for _, step in source.parts(0, 1):
+            rows, found = reader.read(step.ids)
+            yield batch_of(rows, common([{"ids": step.ids, "damaged": found, "traffic": Traffic()}]))
+        return
+    for parts in parts_of(source, _part, workers):
+        first, rows = 0, []
+        for part in parts:
+            rows += [
+                Rows(places=[first + place for place in one["places"]], tensors=safetensors.torch.load(one["tensors"]))
+                for one in part["rows"]
+            ]
+            first += len(part["ids"])
+        yield batch_of(rows, common(parts))
+
+
+def _batch(
+    template: Template, rows: list[Rows], common: dict[str, Any], *, encoder: str | None, seed: int
+) -> LatentBatch:
+    """Records of any layouts as one batch; a sample that is whole stands at the places of the damaged."""
+    ids = common["ids"]
+    drawn = [Rows(places=one.places, tensors=_drawn(one, ids, encoder, seed)) for one in rows]
+    if len(drawn) == 1 and drawn[0].places == list(range(len(ids))):
+        tensors = drawn[0].tensors
+    else:
+        whole = drawn[0] if drawn else Rows(places=[0], tensors=_drawn(template.rows(), ids[:1], encoder, seed))
+        tensors = {name: t[:1].repeat(len(ids), *[1] * (t.ndim - 1)) for name, t in whole.tensors.items()}
+        for one in drawn:
+            for name, values in one.tensors.items():
+                tensors[name][one.places] = values.to(tensors[name].dtype)
+    return LatentBatch(
+        mean_BChw=tensors["mean"].float(),
+        logvar_BChw=tensors["logvar"].float(),
+        text=TextEmbedding(tokens_BLD=tensors["tokens"], mask_BL=tensors["mask"].bool(), pooled_BD=tensors["pooled"]),
+        **common,
+    )
+
+
+def _drawn(rows: Rows, ids: list[SampleId], encoder: str | None, seed: int) -> dict[str, torch.Tensor]:
+    """mean, logvar (n, C, h, w) and, of one caption each, tokens (n, L, D), mask (n, L), pooled (n, D)."""
+    prefix = f"text.{encoder or _only_encoder(rows.tensors)}"
+    try:
+        text = {name: rows.tensors[f"{prefix}.{name}"] for name in ("tokens", "mask", "pooled")}
+        latent = {name: rows.tensors[name] for name in ("mean", "logvar")}
+    except KeyError as error:
+        raise DataError(f"The latent record has no {error}.", mend="Precompute the latents again.") from None
+    captions = text["tokens"].shape[1]
+    if captions == 1:
+        return latent | {name: values[:, 0] for name, values in text.items()}
+    chosen = _choices(seed, [ids[place] for place in rows.places], [captions] * len(rows.places))
+    return latent | {name: values[torch.arange(len(chosen)), chosen] for name, values in text.items()}
+
+
+class Template:
+    """A sample that can be read: its shapes are every sample's. Only looked for where a whole slice is damaged."""
+
+    def __init__(self, sets: Sequence[IndexedShards]) -> None:
+        self.sets = sets
+
+    def rows(self) -> Rows:
+        """Raises DataError where there is none."""
+        for number, shards in enumerate(self.sets):
+            reader = LatentReader(self.sets, skip_damaged=True)
+            for x in range(shards.count):
+                rows, _ = reader.read([SampleId(epoch=0, dataset=number, index=x)])
+                if rows:
+                    return rows[0]
+        raise DataError("No sample of the data set can be read.", where=self.sets[0].uri, mend="Restore its shards.")
+
+
+def _part(samples: list[Sample]) -> Part:
+    """`ids`, `damaged`, and `rows`: by layout, `places` and `tensors` (safetensors, (n, ...) each)."""
+    by_layout: dict[Any, tuple[list[int], list[dict[str, torch.Tensor]]]] = {}
+    for row, sample in usable(samples):
+        record = _record(sample)
+        layout = tuple((name, t.dtype, t.shape) for name, t in record.items())
+        at, records = by_layout.setdefault(layout, ([], []))
+        at.append(row)
+        records.append(record)
+    rows = [
+        {"places": at, "tensors": safetensors.torch.save({n: torch.stack([r[n] for r in records]) for n in records[0]})}
+        for at, records in by_layout.values()
+    ]
+    return places(samples) | {"rows": rows}
+
+
+def _record(sample: Sample) -> dict[str, torch.Tensor]:
+    if LATENT_MEMBER not in sample:
+        raise DataError(
+            f"The sample {sample['__key__']!r} has no latent.",
+            where=sample["__url__"],
+            mend="Give precomputed latents.",
+        )
+    return sample[LATENT_MEMBER]
+
+
+def _only_encoder(record: Mapping[str, torch.Tensor]) -> str:
+    names = sorted(n.removeprefix("text.").removesuffix(".tokens") for n in record if n.endswith(".tokens"))
+    if len(names) != 1:
+        raise DataError(
+            f"The latents hold {len(names)} text encoders: {', '.join(names) or 'none'}.", mend="Name the one to use."
+        )
+    return names[0]
+
+
+def _choices(seed: int, ids: list[SampleId], counts: Iterable[int]) -> list[int]:
+    """Which of its captions each sample takes: a draw that belongs to the sample and its epoch."""
+    draws = uniform(keys_of(seed, Purpose.CAPTION, ids)).tolist()
+    return [min(math.floor(u * n), n - 1) for u, n in zip(draws, counts, strict=True)]

@@ -1,0 +1,91 @@
+"""Batches of pictures for stage 1, and their captions: decoded at the scale that is wanted, cut, mirrored."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from latentray.data import decode, members
+from latentray.data.damage import DAMAGED, damaged
+from latentray.data.ordering import Order
+from latentray.data.pipeline import READ_AHEAD, OrderedSource, Part, Sample, common, parts_of, places
+from latentray.data.shards import IndexedShards
+from latentray.data.transforms import Augment, Draws, draws_of
+from latentray.errors import LatentrayError
+from latentray.records import PICTURE_SUFFIXES, PictureBatch
+
+
+def picture_batches(
+    sets: Sequence[IndexedShards],
+    order: Order,
+    *,
+    rank: int,
+    world: int,
+    first_step: int,
+    last_step: int | None,
+    shapes: Sequence[tuple[int, int]],
+    augment: Augment,
+    workers: int = 0,
+    skip_damaged: bool = False,
+    read_ahead: int = READ_AHEAD,
+) -> Iterator[PictureBatch]:
+    """One PictureBatch per global step in [first_step, last_step), with this rank's slice; `last_step=None` never ends.
+
+    Args:
+        shapes: (height, width) of each of the order's buckets; one where there are none.
+        augment: where pictures are cut, whether half of them are mirrored, and how captions vary.
+
+    Raises DigestMismatch for a sample that differs from the index and DataError for one that cannot be decoded, unless
+    `skip_damaged`; UnsafeMember always; ConfigError where `world` does not divide the global batch.
+    """
+    source = OrderedSource(
+        sets,
+        order,
+        rank=rank,
+        world=world,
+        first_step=first_step,
+        last_step=last_step,
+        skip_damaged=skip_damaged,
+        read_ahead=read_ahead,
+    )
+    to_part = functools.partial(
+        _part, shapes=tuple(shapes), augment=augment, seed=order.seed, skip_damaged=skip_damaged
+    )
+    for parts in parts_of(source, to_part, workers, as_bytes=PICTURE_SUFFIXES):
+        yield PictureBatch(
+            x_BCHW=decode.to_tensor(np.concatenate([part["pixels"] for part in parts])),
+            size_B6=torch.from_numpy(np.concatenate([part["sizes"] for part in parts])),
+            captions=[text for part in parts for text in part["captions"]],
+            **common(parts),
+        )
+
+
+def _part(
+    samples: list[Sample], *, shapes: Sequence[tuple[int, int]], augment: Augment, seed: int, skip_damaged: bool
+) -> Part:
+    """`pixels` uint8 (n, h, w, 3), `sizes` float32 (n, 6), `captions`, and what every part has."""
+    height, width = shapes[samples[0]["__bucket__"]]
+    pixels = np.zeros((len(samples), height, width, 3), np.uint8)
+    sizes = np.zeros((len(samples), 6), np.float32)
+    captions = [""] * len(samples)
+    for row, draws in enumerate(draws_of(seed, [sample["__id__"] for sample in samples])):
+        if DAMAGED in samples[row]:
+            continue
+        try:
+            pixels[row], sizes[row], captions[row] = _augmented(samples[row], height, width, augment, draws)
+        except LatentrayError as error:
+            if not skip_damaged:
+                raise
+            samples[row] = damaged(error, samples[row])
+    return places(samples) | {"pixels": pixels, "sizes": sizes, "captions": captions}
+
+
+def _augmented(
+    sample: Sample, height: int, width: int, augment: Augment, draws: Draws
+) -> tuple[np.ndarray, tuple[int, ...], str]:
+    whole, original_size = members.picture_at_least(sample, height, width)
+    cut, told = augment.picture(whole, height, width, draws=draws, original_size=original_size)
+    return cut, told.numbers(), augment.text(members.captions_of(sample), draws)

@@ -1,0 +1,166 @@
+"""What a run reads: its data sets, their order, and what becomes of damaged samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from latentray.checkpoint import store
+from latentray.config.train import Train
+from latentray.data import buckets, latents
+from latentray.data.buckets import Bucket, Bucketed
+from latentray.data.damage import require_few
+from latentray.data.lines import Reading
+from latentray.data.ordering import Cursor, Order, SampleSet, Whole
+from latentray.data.shards import IndexedShards
+from latentray.records import LatentBatch, PictureBatch, Traffic
+from latentray.tracking import names
+
+_CHUNK_BYTES = 8 << 20
+_KINDS = {"autoencoder": "dataset", "diffusion": latents.KIND}
+
+
+def uris(config: Train) -> list[str]:
+    """The training splits of a run's data sets, in the mixture's order."""
+    one = config.data if config.stage.name == "autoencoder" else config.latents
+    named = [ingredient.uri for ingredient in config.mixture.of] or [one or ""]
+    return [store.join(store.absolute(uri), "train") for uri in named]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Feed:
+    """The opened data sets of a run and their order."""
+
+    sets: tuple[IndexedShards, ...]
+    order: Order
+    buckets: tuple[Bucket, ...]
+    """Shapes of stage 1's batches; none where all pictures become squares of one size."""
+    skip_damaged: bool
+    read_ahead: int
+
+    @classmethod
+    def open(cls, config: Train) -> Feed:
+        """Raises as IndexedShards.open, and ConfigError where order and data do not fit."""
+        fetch = config.fetch
+        sets = tuple(
+            IndexedShards.open(
+                uri, kind=_KINDS[config.stage.name], cache_bytes=fetch.cache_bytes, budget_s=fetch.budget_s
+            )
+            for uri in uris(config)
+        )
+        buckets = _buckets(config)
+        return cls(
+            sets=sets,
+            order=_order(config, sets, buckets),
+            buckets=buckets,
+            skip_damaged=config.damage.policy == "skip",
+            read_ahead=fetch.read_ahead,
+        )
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(height, width) of each bucket."""
+        return [(one.height, one.width) for one in self.buckets]
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Digests of the data sets, for lineage: `dataset` or `latents`, numbered in a mixture."""
+        role = self.sets[0].manifest.kind
+        names = [role] if len(self.sets) == 1 else [f"{role}.{number}" for number in range(len(self.sets))]
+        return {name: one.manifest.digest for name, one in zip(names, self.sets, strict=True)}
+
+    @property
+    def samples(self) -> int:
+        """Samples in all data sets."""
+        return sum(one.count for one in self.sets)
+
+    def resumed(self, cursor: Cursor) -> Feed:
+        """This feed as it goes on at a cursor; FingerprintMismatch where it belongs to other data or settings."""
+        return dataclasses.replace(self, order=self.order.resume(cursor))
+
+    def batches(self, make: Callable[..., Iterator[Any]], **settings: Any) -> Iterator[Any]:
+        """The batches of `picture_batches` or `latent_batches`."""
+        return make(self.sets, self.order, skip_damaged=self.skip_damaged, read_ahead=self.read_ahead, **settings)
+
+
+class Ledger:
+    """Counts what reading met: damaged samples, each printed where it is found, and the traffic of remote shards."""
+
+    def __init__(self, feed: Feed, *, allowed: float, device: torch.device, damaged_before: int = 0) -> None:
+        self.samples, self.allowed, self.device = feed.samples, allowed, device
+        self._before, self._damaged, self._traffic = damaged_before, 0, Traffic()
+
+    def note(self, batch: PictureBatch | LatentBatch) -> None:
+        """Take in what this rank's slice of a batch met."""
+        self._damaged += len(batch.damaged)
+        self._traffic += batch.traffic
+        for one in batch.damaged:
+            print(f"damaged: {one.key} in {one.shard} ({one.reason}): {one.what}", flush=True)
+
+    def damaged(self) -> int:
+        """Damaged samples since the run began, on all ranks. Collective; raises DataError above what is allowed."""
+        total = self._before + int(self._sum([self._damaged])[0])
+        require_few(total, samples=self.samples, allowed=self.allowed)
+        return total
+
+    def figures(self) -> dict[str, float]:
+        """What is logged, summed over all ranks, since the worker began. Collective; raises as `damaged`."""
+        traffic = self._traffic
+        sums = self._sum([traffic.fetched_bytes, traffic.cached_bytes, traffic.retries, traffic.stalled_s])
+        keys = (
+            names.DATA_FETCHED_BYTES,
+            names.DATA_CACHED_BYTES,
+            names.DATA_FETCH_RETRIES,
+            names.DATA_STALL_SECONDS,
+        )
+        return {names.DATA_DAMAGED_SAMPLES: self.damaged()} | dict(zip(keys, sums, strict=True))
+
+    def _sum(self, values: list[float]) -> list[float]:
+        totals = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(totals)
+        return totals.tolist()
+
+
+def _buckets(config: Train) -> tuple[Bucket, ...]:
+    wanted = config.buckets
+    if not wanted.sizes:
+        return ()
+    return buckets.table(
+        wanted.sizes,
+        step=wanted.step,
+        max_aspect=wanted.max_aspect,
+        pixel_budget=config.global_batch_size * config.size**2,
+        multiple=wanted.multiple,
+    )
+
+
+def _order(config: Train, sets: tuple[IndexedShards, ...], shapes: tuple[Bucket, ...]) -> Order:
+    wanted = config.order
+    reading = Reading(
+        chunk=wanted.chunk or _chunk(sets),
+        depth=wanted.depth,
+        streams=wanted.streams,
+        drop_remainder=wanted.drop_remainder,
+    )
+    batches = tuple(one.batch for one in shapes) or (config.global_batch_size,)
+    members: list[SampleSet] = [
+        Bucketed(one.index, one.digest, shapes) if shapes else Whole(one.count, one.digest) for one in sets
+    ]
+    if len(members) == 1:
+        return Order((members[0],), config.seed, batches, reading)
+    weights = [one.weight for one in config.mixture.of]
+    if config.mixture.by == "epochs":
+        weights = [weight * one.count for weight, one in zip(weights, sets, strict=True)]
+    return Order.mixture(members, weights, config.seed, batches, reading)
+
+
+def _chunk(sets: tuple[IndexedShards, ...]) -> int:
+    """Samples that are read together: one from local disks, several MiB of them where a request has a latency."""
+    if not any(one.is_remote for one in sets):
+        return 1
+    mean = sum(entry.bytes for one in sets for entry in one.shards) / sum(one.count for one in sets)
+    return max(1, round(_CHUNK_BYTES / mean))
