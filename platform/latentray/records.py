@@ -119,6 +119,8 @@ class LatentBatch:
     ids: list[SampleId]
     weight_B: torch.Tensor
     """As a PictureBatch's."""
+    size_B6: torch.Tensor | None = None
+    """As a PictureBatch's; None where the latents do not say it."""
     damaged: list[Damaged] = dataclasses.field(default_factory=list)
     traffic: Traffic = dataclasses.field(default_factory=Traffic)
     first_slot: int = 0

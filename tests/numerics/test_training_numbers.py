@@ -62,7 +62,9 @@ def test_the_variance_exploding_case_trains_and_is_drawn_from(runs):
 def test_a_mixture_with_a_cut_shard_trains_the_same_on_any_number_of_workers(runs):
     one, two = runs["mixed"], runs["mixed_two"]
     for name in STAGES["stage1"]:
-        assert two.trajectory(name) == pytest.approx(one.trajectory(name), rel=1e-4), name
+        assert two.trajectory(name) == pytest.approx(one.trajectory(name), rel=1e-3), (
+            name
+        )  # six steps of an adversarial pair amplify a sum in another order
     damaged = one.trajectory("data/damaged_samples")
     assert damaged == two.trajectory("data/damaged_samples") == sorted(damaged)
     assert damaged[-1] > 2

@@ -29,6 +29,7 @@ PLACE = frozenset(_PLACE)
 """The columns that say where a sample is."""
 _TYPES = _PLACE | {"sha256": pa.binary(32), "width": pa.int32(), "height": pa.int32()}
 _TYPES |= {"frames": pa.int32(), "fps": pa.float64(), "steps": pa.int32()}
+_TYPES |= dict.fromkeys(("original_height", "original_width", "crop_top", "crop_left"), pa.int32())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

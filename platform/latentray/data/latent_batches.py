@@ -7,10 +7,12 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 
 from latentray.data.latent_reader import LatentReader, Rows
+from latentray.data.latents import CONDITIONS
 from latentray.data.ordering import Order
 from latentray.data.pipeline import READ_AHEAD, OrderedSource, Part, Sample, common, parts_of, places, usable
 from latentray.data.shards import IndexedShards
@@ -48,7 +50,7 @@ def latent_batches(
         skip_damaged=skip_damaged,
         read_ahead=read_ahead,
     )
-    batch_of = functools.partial(_batch, Template(sets), encoder=encoder, seed=order.seed)
+    batch_of = functools.partial(_batch, Template(sets), _Sizes(sets), encoder=encoder, seed=order.seed)
     if source.is_local:
         reader = LatentReader(sets, skip_damaged=skip_damaged)
         for _, step in source.parts(0, 1):
@@ -66,8 +68,29 @@ def latent_batches(
         yield batch_of(rows, common(parts))
 
 
+class _Sizes:
+    """What SDXL is told of each sample, from the indexes: no member is read for it."""
+
+    def __init__(self, sets: Sequence[IndexedShards]) -> None:
+        names = (*CONDITIONS, "height", "width")
+        self._columns: list[list[np.ndarray]] = []
+        if all(set(names) <= set(one.columns) for one in sets):
+            self._columns = [[one.index.numbers(name) for name in names] for one in sets]
+
+    def of(self, ids: Sequence[SampleId]) -> torch.Tensor | None:
+        """(B, 6) float32, or None where an index does not say it."""
+        if not self._columns:
+            return None
+        of, at = np.array([(one.dataset, one.index) for one in ids], np.int64).T
+        told = np.empty((len(ids), 6), np.float32)
+        for number, columns in enumerate(self._columns):
+            mine = of == number
+            told[mine] = np.stack([column[at[mine]] for column in columns], axis=1)
+        return torch.from_numpy(told)
+
+
 def _batch(
-    template: Template, rows: list[Rows], common: dict[str, Any], *, encoder: str | None, seed: int
+    template: Template, sizes: _Sizes, rows: list[Rows], common: dict[str, Any], *, encoder: str | None, seed: int
 ) -> LatentBatch:
     """Records of any layouts as one batch; a sample that is whole stands at the places of the damaged."""
     ids = common["ids"]
@@ -84,6 +107,7 @@ def _batch(
         mean_BChw=tensors["mean"].float(),
         logvar_BChw=tensors["logvar"].float(),
         text=TextEmbedding(tokens_BLD=tensors["tokens"], mask_BL=tensors["mask"].bool(), pooled_BD=tensors["pooled"]),
+        size_B6=sizes.of(ids),
         **common,
     )
 

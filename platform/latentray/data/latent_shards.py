@@ -22,6 +22,7 @@ from latentray.checkpoint import store
 from latentray.data import index, latents, shards
 from latentray.data.latent_parts import FROM_LATENTS, FROM_PIXELS, FROM_RECORD, Job, Parcel, SplitJob
 from latentray.data.latent_plan import VARIANTS
+from latentray.data.latents import CONDITIONS
 from latentray.errors import DigestMismatch
 from latentray.records import LATENT_MEMBER
 
@@ -179,5 +180,7 @@ def _samples(table: pa.Table, size: int) -> Iterator[shards.Sample]:
     columns = ("unit", "key", "source_sha256", f"record.{size}", f"json.{size}")
     for i in range(len(table)):
         unit, key, digest, record, shown = (table[name][i].as_py() for name in columns)
+        told = json.loads(shown)
         about = {"width": size, "height": size, "source_sha256": digest, "variant": unit % VARIANTS}
+        about |= dict(zip(CONDITIONS, (*told["original_size"], *told["crop_top_left"]), strict=True))
         yield shards.Sample(key=key, members={LATENT_MEMBER: record, "json": shown}, columns=about)

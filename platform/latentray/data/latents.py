@@ -22,6 +22,8 @@ from latentray.records import LATENT_MEMBER, RECORD_VERSION, TextEmbedding
 
 KIND = "latents"
 EMPTY_PROMPT = "empty_prompt.safetensors"
+CONDITIONS = ("original_height", "original_width", "crop_top", "crop_left")
+"""Columns of the index, pixels: what SDXL is told of a picture beside `height` and `width`, the size of the crop."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

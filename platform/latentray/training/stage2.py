@@ -64,6 +64,7 @@ class DiffusionStage:
                 text=batch.text.rows(part),
                 ids=batch.ids[part],
                 weight_B=batch.weight_B[part],
+                size_B6=None if batch.size_B6 is None else batch.size_B6[part],
             )
 
     def step(self, batch: LatentBatch, samples: int) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from latentray.config.text_encoder import TextEncoderConfig, TinyTextEncoderConf
 from latentray.data import (
     decode,
     index,
+    latent_batches,
     latent_job,
     latent_parts,
     latent_shards,
@@ -29,6 +30,7 @@ from latentray.data import (
     shards,
 )
 from latentray.data.latent_encoder import Encoder
+from latentray.data.ordering import Order
 from latentray.errors import (
     AlreadyExists,
     ConfigError,
@@ -140,6 +142,10 @@ def test_a_record_holds_latent_text_and_what_sdxl_conditions_on(made, tmp_path, 
         "source_sha256": hashlib.sha256(sample(3).members["png"]).hexdigest(),
         "original_size": [64, 88], "crop_top_left": [0, 12], "target_size": [64, 64],
     }  # fmt: skip
+    opened = shards.IndexedShards.open(uri, kind="latents")
+    order = Order.of(opened.count, 0, 4)
+    (batch,) = latent_batches.latent_batches([opened], order, rank=0, world=1, first_step=0, last_step=1)
+    assert batch.size_B6.tolist() == [[64, 88, 0, 12, 64, 64]] * 4
     described = latents.describe(uri)
     described.require_autoencoder(build.autoencoder_artifact(made["autoencoder_from"]))
     assert described.empty_prompt().tokens_BLD.shape == (1, 12, 16)
