@@ -20,6 +20,7 @@ from latentray.data.latent_batches import latent_batches
 from latentray.data.lines import Reading
 from latentray.data.ordering import Order
 from latentray.data.picture_batches import picture_batches
+from latentray.data.pipeline import OrderedSource
 from latentray.data.transforms import Augment
 
 pytestmark = pytest.mark.slow
@@ -77,8 +78,8 @@ def test_latents_in_training_order_against_webdataset_in_tar_order(tmp_path, kin
     try:
         for _ in range(5):
             began = time.perf_counter()
-            settings = dict(rank=0, world=1, first_step=0, last_step=SAMPLES // BATCH)
-            assert sum(len(batch.ids) for batch in latent_batches([data], order, **settings)) == SAMPLES
+            source = OrderedSource([data], order, last_step=SAMPLES // BATCH)
+            assert sum(len(batch.ids) for batch in latent_batches(source)) == SAMPLES
             rates["ours"].append(SAMPLES / (time.perf_counter() - began))
             began = time.perf_counter()
             assert sum(len(batch[0]) for batch in stock(uri)) == SAMPLES
@@ -99,6 +100,7 @@ import numpy, pyarrow
 from latentray.data.index import Index
 from latentray.data.ordering import Order
 from latentray.data.picture_batches import picture_batches
+from latentray.data.pipeline import OrderedSource
 from latentray.data.transforms import Augment
 
 def memory():  # MiB of its own, and of the page cache mapped
@@ -223,8 +225,9 @@ def test_bad_pictures_cost_next_to_nothing(tmp_path):
         best = 0.0
         for _ in range(5):
             began = time.perf_counter()
-            settings = dict(rank=0, world=1, first_step=0, last_step=10, shapes=[(256, 256)], augment=Augment())
-            damaged = [d for b in picture_batches([data], order, skip_damaged=True, **settings) for d in b.damaged]
+            source = OrderedSource([data], order, last_step=10, skip_damaged=True)
+            batches = picture_batches(source, shapes=[(256, 256)], augment=Augment())
+            damaged = [one for batch in batches for one in batch.damaged]
             best = max(best, 200 / (time.perf_counter() - began))
         assert len(damaged) == (10 if bad else 0)
         rates[bad] = best

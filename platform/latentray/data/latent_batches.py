@@ -13,46 +13,29 @@ import torch
 
 from latentray.data.latent_reader import LatentReader, Rows
 from latentray.data.latents import CONDITIONS
-from latentray.data.ordering import Order
-from latentray.data.pipeline import READ_AHEAD, OrderedSource, Part, Sample, common, parts_of, places, usable
+from latentray.data.pipeline import OrderedSource, Part, Sample, common, parts_of, places, usable
 from latentray.data.shards import IndexedShards
 from latentray.errors import DataError
 from latentray.randomness import Purpose, keys_of, uniform
 from latentray.records import LATENT_MEMBER, LatentBatch, SampleId, TextEmbedding, Traffic
 
 
-def latent_batches(
-    sets: Sequence[IndexedShards],
-    order: Order,
-    *,
-    rank: int,
-    world: int,
-    first_step: int,
-    last_step: int | None,
-    workers: int = 0,
-    encoder: str | None = None,
-    skip_damaged: bool = False,
-    read_ahead: int = READ_AHEAD,
-) -> Iterator[LatentBatch]:
-    """One LatentBatch per global step in [first_step, last_step), with this rank's slice; text in the type it is stored in.
+def latent_batches(source: OrderedSource, *, encoder: str | None = None, workers: int = 0) -> Iterator[LatentBatch]:
+    """One LatentBatch per step of the source, with its rank's slice; text in the type it is stored in.
 
-    Of a sample's captions one is drawn. `encoder` names the text encoder, where the latents hold more than one. Local
-    shards are read by a LatentReader, a batch at a time; remote ones stream through the WebDataset pipeline.
+    Of a sample's captions one is drawn. Local shards are read by a LatentReader, a batch at a time; remote ones stream
+    through the WebDataset pipeline.
+
+    Args:
+        encoder: name of the text encoder, where the latents hold more than one.
+        workers: loader processes for remote shards; 0 reads in this one.
+
     Raises as `picture_batches`.
     """
-    source = OrderedSource(
-        sets,
-        order,
-        rank=rank,
-        world=world,
-        first_step=first_step,
-        last_step=last_step,
-        skip_damaged=skip_damaged,
-        read_ahead=read_ahead,
-    )
+    sets, order = source.sets, source.order
     batch_of = functools.partial(_batch, Template(sets), _Sizes(sets), encoder=encoder, seed=order.seed)
     if source.is_local:
-        reader = LatentReader(sets, skip_damaged=skip_damaged)
+        reader = LatentReader(sets, skip_damaged=source.skip_damaged)
         for _, step in source.parts(0, 1):
             rows, found = reader.read(step.ids)
             yield batch_of(rows, common([{"ids": step.ids, "damaged": found, "traffic": Traffic()}]))

@@ -10,49 +10,27 @@ import torch
 
 from latentray.data import decode, members
 from latentray.data.damage import DAMAGED, damaged
-from latentray.data.ordering import Order
-from latentray.data.pipeline import READ_AHEAD, OrderedSource, Part, Sample, common, parts_of, places
-from latentray.data.shards import IndexedShards
+from latentray.data.pipeline import OrderedSource, Part, Sample, common, parts_of, places
 from latentray.data.transforms import Augment, Draws, draws_of
 from latentray.errors import LatentrayError
 from latentray.records import PICTURE_SUFFIXES, PictureBatch
 
 
 def picture_batches(
-    sets: Sequence[IndexedShards],
-    order: Order,
-    *,
-    rank: int,
-    world: int,
-    first_step: int,
-    last_step: int | None,
-    shapes: Sequence[tuple[int, int]],
-    augment: Augment,
-    workers: int = 0,
-    skip_damaged: bool = False,
-    read_ahead: int = READ_AHEAD,
+    source: OrderedSource, *, shapes: Sequence[tuple[int, int]], augment: Augment, workers: int = 0
 ) -> Iterator[PictureBatch]:
-    """One PictureBatch per global step in [first_step, last_step), with this rank's slice; `last_step=None` never ends.
+    """One PictureBatch per step of the source, with its rank's slice.
 
     Args:
         shapes: (height, width) of each of the order's buckets; one where there are none.
         augment: where pictures are cut, whether half of them are mirrored, and how captions vary.
+        workers: loader processes; 0 reads in this one.
 
-    Raises DigestMismatch for a sample that differs from the index and DataError for one that cannot be decoded, unless
-    `skip_damaged`; UnsafeMember always; ConfigError where `world` does not divide the global batch.
+    Raises DigestMismatch for a sample that differs from the index and DataError for one that cannot be decoded, unless the
+    source skips them; UnsafeMember always.
     """
-    source = OrderedSource(
-        sets,
-        order,
-        rank=rank,
-        world=world,
-        first_step=first_step,
-        last_step=last_step,
-        skip_damaged=skip_damaged,
-        read_ahead=read_ahead,
-    )
     to_part = functools.partial(
-        _part, shapes=tuple(shapes), augment=augment, seed=order.seed, skip_damaged=skip_damaged
+        _part, shapes=tuple(shapes), augment=augment, seed=source.order.seed, skip_damaged=source.skip_damaged
     )
     for parts in parts_of(source, to_part, workers, as_bytes=PICTURE_SUFFIXES):
         yield PictureBatch(

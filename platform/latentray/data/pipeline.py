@@ -42,6 +42,8 @@ class OrderedSource:
 
     Each carries `__id__` (SampleId), `__step__` and `__bucket__`. It ends before `last_step`, or never where that is None.
     With `skip_damaged`, a sample that cannot be read keeps its place (`damage.py`).
+
+    Raises DataError where order and data sets differ in size, ConfigError where `world` does not divide the global batch.
     """
 
     def __init__(
@@ -49,10 +51,10 @@ class OrderedSource:
         sets: Sequence[IndexedShards],
         order: Order,
         *,
-        rank: int,
-        world: int,
-        first_step: int,
-        last_step: int | None,
+        rank: int = 0,
+        world: int = 1,
+        first_step: int = 0,
+        last_step: int | None = None,
         skip_damaged: bool = False,
         read_ahead: int = READ_AHEAD,
     ):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +14,7 @@ from latentray.data.buckets import Bucket, Bucketed
 from latentray.data.damage import require_few
 from latentray.data.lines import Reading
 from latentray.data.ordering import Cursor, Order, SampleSet, Whole
+from latentray.data.pipeline import OrderedSource
 from latentray.data.shards import IndexedShards
 from latentray.records import LatentBatch, PictureBatch, Traffic
 from latentray.tracking import names
@@ -82,9 +81,18 @@ class Feed:
         """This feed as it goes on at a cursor; FingerprintMismatch where it belongs to other data or settings."""
         return dataclasses.replace(self, order=self.order.resume(cursor))
 
-    def batches(self, make: Callable[..., Iterator[Any]], **settings: Any) -> Iterator[Any]:
-        """The batches of `picture_batches` or `latent_batches`."""
-        return make(self.sets, self.order, skip_damaged=self.skip_damaged, read_ahead=self.read_ahead, **settings)
+    def source(self, *, rank: int, world: int, first_step: int, last_step: int) -> OrderedSource:
+        """The samples of one rank in steps [first_step, last_step)."""
+        return OrderedSource(
+            self.sets,
+            self.order,
+            rank=rank,
+            world=world,
+            first_step=first_step,
+            last_step=last_step,
+            skip_damaged=self.skip_damaged,
+            read_ahead=self.read_ahead,
+        )
 
 
 class Ledger:

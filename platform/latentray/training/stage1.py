@@ -72,13 +72,9 @@ class AutoencoderStage:
         return {"lpips_backbone": {"net": backbone.net, "source": backbone.source, "detail": backbone.detail}}
 
     def batches(self, first_step: int, last_step: int) -> Iterator[PictureBatch]:
-        config = self.worker.config
-        return self.feed.batches(
-            picture_batches,
-            rank=self.worker.rank,
-            world=self.worker.world,
-            first_step=first_step,
-            last_step=last_step,
+        worker, config = self.worker, self.worker.config
+        return picture_batches(
+            self.feed.source(rank=worker.rank, world=worker.world, first_step=first_step, last_step=last_step),
             shapes=self.feed.shapes or [(config.size, config.size)],
             augment=Augment(crop=config.crop, flip=config.flip),
             workers=config.loader_workers,

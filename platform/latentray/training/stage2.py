@@ -44,13 +44,10 @@ class DiffusionStage:
         return {"autoencoder": self.store.autoencoder_fingerprint, "text_encoder": self.store.text_fingerprint}
 
     def batches(self, first_step: int, last_step: int) -> Iterator[LatentBatch]:
-        return self.feed.batches(
-            latent_batches,
-            rank=self.worker.rank,
-            world=self.worker.world,
-            first_step=first_step,
-            last_step=last_step,
-            workers=self.worker.config.loader_workers,
+        worker = self.worker
+        return latent_batches(
+            self.feed.source(rank=worker.rank, world=worker.world, first_step=first_step, last_step=last_step),
+            workers=worker.config.loader_workers,
         )
 
     def micro_batches(self, batch: LatentBatch, size: int) -> Iterator[LatentBatch]:

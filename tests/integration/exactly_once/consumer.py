@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 
 from latentray.checkpoint import store
-from latentray.data import picture_batches
 from latentray.data.ordering import Cursor, Order
+from latentray.data.picture_batches import picture_batches
+from latentray.data.pipeline import OrderedSource
 from latentray.data.shards import IndexedShards
 from latentray.data.transforms import Augment
 
@@ -28,9 +29,8 @@ def order_of(data: IndexedShards) -> Order:
 
 def rank(uri: str, number: int, world: int, workers: int, first: int, last: int, pipe) -> None:
     data = IndexedShards.open(uri)
-    settings = {"rank": number, "world": world, "first_step": first, "last_step": last, "workers": workers}
-    settings |= {"shapes": [(8, 8)], "augment": Augment()}
-    for batch in picture_batches.picture_batches([data], order_of(data), **settings):
+    source = OrderedSource([data], order_of(data), rank=number, world=world, first_step=first, last_step=last)
+    for batch in picture_batches(source, shapes=[(8, 8)], augment=Augment(), workers=workers):
         pipe.send([(one.epoch, data.key(one.index)) for one in batch.ids])
     pipe.close()
 

@@ -10,8 +10,11 @@ import torch
 from PIL import Image
 
 from latentray.checkpoint import manifest
-from latentray.data import damage, index, latent_batches, picture_batches, shards
+from latentray.data import damage, index, shards
+from latentray.data.latent_batches import latent_batches
 from latentray.data.ordering import Order
+from latentray.data.picture_batches import picture_batches
+from latentray.data.pipeline import OrderedSource
 from latentray.data.transforms import Augment
 from latentray.errors import DataError, DigestMismatch, UnsafeMember
 
@@ -81,10 +84,10 @@ def publish(root, kind):
 def batches(uri, kind, *, skip, steps=2 * SHARDS * EACH // B, workers=0):
     data = shards.IndexedShards.open(uri, kind=kind)
     order = Order.of(data.count, 3, B, digest=data.digest)
-    settings = dict(rank=0, world=1, first_step=0, last_step=steps, workers=workers, skip_damaged=skip)
+    source = OrderedSource([data], order, last_step=steps, skip_damaged=skip)
     if kind == "dataset":
-        return data, picture_batches.picture_batches([data], order, shapes=[(16, 16)], augment=Augment(), **settings)
-    return data, latent_batches.latent_batches([data], order, **settings)
+        return data, picture_batches(source, shapes=[(16, 16)], augment=Augment(), workers=workers)
+    return data, latent_batches(source, workers=workers)
 
 
 def values(batch):

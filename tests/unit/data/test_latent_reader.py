@@ -13,6 +13,7 @@ from latentray.data import index, members, shards
 from latentray.data.latent_batches import latent_batches
 from latentray.data.latent_reader import LatentReader
 from latentray.data.ordering import Order, Whole
+from latentray.data.pipeline import OrderedSource
 from latentray.errors import DataError, UnsafeMember
 from latentray.records import SampleId
 
@@ -97,7 +98,7 @@ def test_what_it_gave_keeps_its_values(tmp_path):
 def test_a_mixture_keeps_the_order_of_the_slots(tmp_path):
     sets = [publish(tmp_path / "a"), publish(tmp_path / "b", first=1000)]
     order = Order.mixture([Whole(N), Whole(N)], [2, 1], 3, (12,))
-    for t, batch in enumerate(latent_batches(sets, order, rank=0, world=1, first_step=0, last_step=6)):
+    for t, batch in enumerate(latent_batches(OrderedSource(sets, order, last_step=6))):
         assert batch.ids == order.step(t).ids
         for row, one in enumerate(batch.ids):
             wanted = record(one.index + 1000 * one.dataset, 1 + (one.index + 1000 * one.dataset) % 3)

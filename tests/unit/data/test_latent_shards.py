@@ -33,7 +33,8 @@ def parcel(number: int, rows: list[int], rejected: tuple[str, ...] = ()) -> Parc
     """An encoded part whose latents are filled with their rows."""
     units = [
         {"unit": row * VARIANTS, "key": f"k{row}_0", "sha256": f"{row:064x}", "from": FROM_PIXELS,
-         "json": [{"captions": [f"c{row % 2}"], "size": size} for size in SIZES]}
+         "json": [{"captions": [f"c{row % 2}"], "size": size, "original_size": [90, 70], "crop_top_left": [row, 0]}
+                  for size in SIZES]}
         for row in rows
     ]  # fmt: skip
     tensors = {"text.clip.tokens": torch.tensor([0.0, 1.0])[:, None]}
@@ -72,6 +73,8 @@ def test_a_record_has_its_own_latent_and_the_embeddings_of_its_captions(job, tmp
     for size, out in zip(SIZES, job.splits[0].outs, strict=True):
         sidecar = store.read_bytes(latent_shards.sidecar(job.splits[0], out, "00000.tar"))
         table = Committed.from_bytes(sidecar).result.table
+        assert table["crop_top"].to_pylist() == [2, 5]
+        assert set(table["original_height"].to_pylist()) == {90}
         assert table["source_sha256"].to_pylist() == [bytes.fromhex(f"{row:064x}") for row in (2, 5)]
         data = (store.local_path(out) / "00000.tar").read_bytes()
         for row, offset, length in zip((2, 5), table["offset"].to_pylist(), table["length"].to_pylist(), strict=True):

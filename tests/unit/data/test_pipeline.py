@@ -11,9 +11,12 @@ import torch
 from PIL import Image
 
 from latentray.checkpoint import manifest
-from latentray.data import index, latent_batches, picture_batches, pipeline, shards
+from latentray.data import index, shards
 from latentray.data.buckets import Bucket, Bucketed
+from latentray.data.latent_batches import latent_batches
 from latentray.data.ordering import Order
+from latentray.data.picture_batches import picture_batches
+from latentray.data.pipeline import OrderedSource, raw_pipeline
 from latentray.data.transforms import Augment
 from latentray.errors import ConfigError, DataError, DigestMismatch
 
@@ -69,12 +72,8 @@ def latents(tmp_path_factory):
 
 def picture_run(data, *, workers=0, world=1, rank=0, first=0, last=6, **options):
     options = {"shapes": [(16, 16)], "augment": Augment(flip=True)} | options
-    order = Order.of(data.count, 3, B)
-    return list(
-        picture_batches.picture_batches(
-            [data], order, rank=rank, world=world, first_step=first, last_step=last, workers=workers, **options
-        )
-    )
+    source = OrderedSource([data], Order.of(data.count, 3, B), rank=rank, world=world, first_step=first, last_step=last)
+    return list(picture_batches(source, workers=workers, **options))
 
 
 def test_batches_follow_the_order_and_hold_the_right_pixels(pictures):
@@ -127,29 +126,16 @@ def test_flips_and_captions_are_drawn_per_sample_and_epoch(pictures):
 
 def test_without_an_end_it_never_ends(pictures):
     order = Order.of(N, 3, B)
-    batches = picture_batches.picture_batches(
-        [pictures],
-        order,
-        rank=0,
-        world=1,
-        first_step=1000,
-        last_step=None,
-        shapes=[(16, 16)],
-        augment=Augment(),
-        workers=2,
-    )
+    source = OrderedSource([pictures], order, first_step=1000)
+    batches = picture_batches(source, shapes=[(16, 16)], augment=Augment(), workers=2)
     assert next(batches).ids == order.step(1000).ids
     assert next(batches).ids == order.step(1001).ids
     batches.close()
 
 
 def latent_run(data, workers=0, **options):
-    order = Order.of(data.count, 3, B)
-    return list(
-        latent_batches.latent_batches(
-            [data], order, rank=0, world=1, first_step=0, last_step=6, workers=workers, **options
-        )
-    )
+    source = OrderedSource([data], Order.of(data.count, 3, B), last_step=6)
+    return list(latent_batches(source, workers=workers, **options))
 
 
 def test_latents_and_their_drawn_captions(latents):
@@ -211,14 +197,12 @@ def test_what_does_not_fit_is_refused(pictures, latents):
     with pytest.raises(DataError, match="no latent"):
         latent_run(pictures)
     with pytest.raises(DataError, match="order is of"):
-        next(
-            latent_batches.latent_batches([latents], Order.of(N + 1, 0, B), rank=0, world=1, first_step=0, last_step=1)
-        )
+        OrderedSource([latents], Order.of(N + 1, 0, B))
 
 
 def test_the_pipeline_can_be_sent_to_a_fresh_process(pictures):
-    source = pipeline.OrderedSource([pictures], Order.of(N, 3, B), rank=0, world=1, first_step=2, last_step=3)
-    stages = pipeline.raw_pipeline(source)
+    source = OrderedSource([pictures], Order.of(N, 3, B), rank=0, world=1, first_step=2, last_step=3)
+    stages = raw_pipeline(source)
     sent = pickle.loads(pickle.dumps(stages))
     assert [s["__id__"] for s in sent] == [s["__id__"] for s in stages] == Order.of(N, 3, B).step(2).ids
 
@@ -232,8 +216,8 @@ def test_each_bucket_has_its_shape_and_tells_what_was_cut(tmp_path):
     shapes = [(8, 8), (16, 8)]  # the pictures, 20 x 16, are nearer to the square
     table = tuple(Bucket(size=8, height=h, width=w, batch=B) for h, w in shapes)
     order = Order((Bucketed(data.index, data.digest, table),), 3, (B, B))
-    settings = dict(rank=0, world=1, first_step=0, last_step=3, shapes=shapes, augment=Augment(crop="random"))
-    for batch in picture_batches.picture_batches([data], order, **settings):
+    source = OrderedSource([data], order, last_step=3)
+    for batch in picture_batches(source, shapes=shapes, augment=Augment(crop="random")):
         assert batch.x_BCHW.shape == (B, 3, 8, 8)
         assert (batch.size_B6[:, :2] == torch.tensor([20.0, 16.0])).all()
         assert (batch.size_B6[:, 4:] == 8).all()

@@ -20,7 +20,6 @@ from latentray.config.text_encoder import TextEncoderConfig, TinyTextEncoderConf
 from latentray.data import (
     decode,
     index,
-    latent_batches,
     latent_job,
     latent_parts,
     latent_shards,
@@ -29,8 +28,10 @@ from latentray.data import (
     precompute,
     shards,
 )
+from latentray.data.latent_batches import latent_batches
 from latentray.data.latent_encoder import Encoder
 from latentray.data.ordering import Order
+from latentray.data.pipeline import OrderedSource
 from latentray.errors import (
     AlreadyExists,
     ConfigError,
@@ -144,7 +145,7 @@ def test_a_record_holds_latent_text_and_what_sdxl_conditions_on(made, tmp_path, 
     }  # fmt: skip
     opened = shards.IndexedShards.open(uri, kind="latents")
     order = Order.of(opened.count, 0, 4)
-    (batch,) = latent_batches.latent_batches([opened], order, rank=0, world=1, first_step=0, last_step=1)
+    (batch,) = latent_batches(OrderedSource([opened], order, last_step=1))
     assert batch.size_B6.tolist() == [[64, 88, 0, 12, 64, 64]] * 4
     described = latents.describe(uri)
     described.require_autoencoder(build.autoencoder_artifact(made["autoencoder_from"]))

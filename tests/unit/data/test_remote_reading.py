@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 
 from latentray.checkpoint import manifest, store
-from latentray.data import index, picture_batches, shards
+from latentray.data import index, shards
 from latentray.data.lines import Reading
 from latentray.data.ordering import Order
+from latentray.data.picture_batches import picture_batches
+from latentray.data.pipeline import OrderedSource
 from latentray.data.transforms import Augment
 from latentray.errors import DigestMismatch, StorageFailed
 
@@ -108,8 +110,8 @@ def build(root):
 def run(uri, *, steps, chunk=8, **opening):
     data = shards.IndexedShards.open(uri, **opening)
     order = Order.of(data.count, 5, B, reading=Reading(chunk=chunk, depth=4))
-    settings = dict(rank=0, world=1, first_step=0, last_step=steps, shapes=[(16, 16)], augment=Augment(flip=True))
-    return data, list(picture_batches.picture_batches([data], order, **settings))
+    source = OrderedSource([data], order, last_step=steps)
+    return data, list(picture_batches(source, shapes=[(16, 16)], augment=Augment(flip=True)))
 
 
 def test_faults_change_no_sample_and_hang_nothing(proxy, moto_s3, tmp_path):
