@@ -178,7 +178,7 @@ class Train:
     """The exponential moving average of the weights halves the past in so many samples."""
     seed: int = 0
     loader_workers: int = 0
-    """Loader processes per training worker; 0 reads in the worker itself."""
+    """Loader processes per training worker; 0 reads in the worker itself, as latents on local disks always are."""
     log_every_samples: int = 10_000
     checkpoint_every_samples: int = 100_000
     """0 writes none before the end."""
@@ -250,19 +250,21 @@ class Train:
             )
 
     def require_divisible(self, world: int) -> None:
-        """Raise ConfigError unless `world` workers divide every global batch."""
-        if self.buckets.sizes and self.buckets.multiple % world:
-            raise ConfigError(
-                f"{world} workers do not divide batches that are multiples of {self.buckets.multiple}.",
-                where="buckets.multiple",
-                mend=f"Make it a multiple of {world}.",
-            )
+        """Raise ConfigError unless `world` workers, in equal micro-batches, divide every global batch."""
         if self.global_batch_size % world:
             divisors = [str(d) for d in range(1, self.global_batch_size + 1) if self.global_batch_size % d == 0]
             raise ConfigError(
                 f"{world} workers do not divide a global batch of {self.global_batch_size}.",
                 where="global_batch_size",
                 mend=f"Use a number of workers among {', '.join(divisors)}, or another global_batch_size.",
+            )
+        accumulation = self._share(world) // self._micro(world)
+        if self.buckets.sizes and self.buckets.multiple % (world * accumulation):
+            raise ConfigError(
+                f"{world} workers in {accumulation} micro-batches do not divide batches that are multiples of "
+                f"{self.buckets.multiple}.",
+                where="buckets.multiple",
+                mend=f"Make it a multiple of {world * accumulation}.",
             )
 
     @property
@@ -272,7 +274,12 @@ class Train:
     def micro_and_accumulation(self, world: int) -> tuple[int, int]:
         """Samples per micro-batch and micro-batches per step of one worker: micro * accumulation * world = global."""
         self.require_divisible(world)
-        share = self.global_batch_size // world
+        return self._micro(world), self._share(world) // self._micro(world)
+
+    def _share(self, world: int) -> int:
+        return self.global_batch_size // world
+
+    def _micro(self, world: int) -> int:
+        share = self._share(world)
         limit = min(self.micro_batch_size or share, share)
-        micro = next(m for m in range(limit, 0, -1) if share % m == 0)
-        return micro, share // micro
+        return next(m for m in range(limit, 0, -1) if share % m == 0)

@@ -161,9 +161,8 @@ def _seal_run(config: Train, run: str, out: str, result: str, inputs: dict[str, 
     manifest.seal(out, {}, kind="run", inputs=inputs, config=compose.to_dict(config), meta=meta)
     print(f"Result: {result}")
     if config.stage.name == "autoencoder":
-        print(
-            f"Next: python -m jobs.precompute_latents data={config.data} autoencoder_from={result} out=...", flush=True
-        )
+        data = config.data or config.mixture.of[0].uri
+        print(f"Next: python -m jobs.precompute_latents data={data} autoencoder_from={result} out=...", flush=True)
     else:
         print(f"Next: python -m jobs.evaluate model={result} data=...", flush=True)
 

@@ -47,6 +47,7 @@ class DiffusionStage:
         worker = self.worker
         return latent_batches(
             self.feed.source(rank=worker.rank, world=worker.world, first_step=first_step, last_step=last_step),
+            encoder=self.store.encoder,
             workers=worker.config.loader_workers,
         )
 

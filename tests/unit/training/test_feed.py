@@ -9,7 +9,9 @@ from latentray.config.train import Train
 from latentray.data.buckets import Bucketed
 from latentray.errors import ConfigError, DataError, FingerprintMismatch
 from latentray.records import Damaged, PictureBatch, Traffic
+from latentray.training import stage2
 from latentray.training.feed import Feed, Ledger
+from latentray.training.state import Worker
 
 
 @pytest.fixture
@@ -61,6 +63,16 @@ def test_buckets_follow_the_index(load):
         (["damage.policy=ignore"], "damage.policy"),
         (["buckets.sizes=[64]", "buckets.step=12"], "buckets.step"),
         (["buckets.sizes=[64]", "buckets.multiple=3", "cluster.workers=2", "cluster.kind=ray"], "buckets.multiple"),
+        (
+            [
+                "buckets.sizes=[64]",
+                "buckets.multiple=2",
+                "global_batch_size=8",
+                "micro_batch_size=2",
+                "cluster.kind=ray",
+            ],
+            "buckets.multiple",
+        ),
         (["crop=left"], "crop"),
         (["order.chunk=0"], "order.chunk"),
         (["fetch.cache_bytes=5"], "fetch.cache_bytes"),
@@ -70,6 +82,18 @@ def test_bad_settings_are_refused_by_name(load, overrides, where):
     with pytest.raises(ConfigError) as caught:
         load(*overrides)
     assert caught.value.where == where
+
+
+def test_stage_2_reads_the_first_of_several_text_encoders(tiny, inputs, monkeypatch, tmp_path):
+    """Latents of two encoders name none by themselves: the store's first one is the model's."""
+    asked = {}
+    monkeypatch.setattr(stage2, "latent_batches", lambda source, **settings: asked.update(settings) or iter(()))
+    monkeypatch.setattr(stage2, "Engine", lambda *args, **settings: None)
+    config = compose.load("train", Train, [*tiny.STAGE2, f"latents={inputs['latents']}"])
+    worker = Worker(config=config, run="r", out="o", rank=0, world=1, device=torch.device("cpu"), attempt="a")
+    stage = stage2.DiffusionStage(worker)
+    list(stage.batches(0, 1))
+    assert asked["encoder"] == stage.store.texts[0].name == "clip"
 
 
 def test_the_ledger_counts_and_stops(load, tmp_path, capsys):
