@@ -9,7 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
-CODE := platform jobs serving tests
+CODE := platform jobs serving tests infra
 
 # DeepSpeed compiles no kernels here, and tests and small CPU runs want one thread per process.
 export DS_BUILD_OPS := 0
@@ -20,8 +20,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/bytecode
 # The quickstart's report counts from here, installation included.
 export LATENTRAY_MAKE_STARTED := $(shell date +%s.%N)
-# --no-compile: byte code is made where it is imported, which most of the installed files never are.
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile --prefer-binary --constraint constraints.txt
+INSTALL := $(BIN)/python infra/install.py
 
 QUICKSTART_OVERRIDES = $(if $(SCALE),scale=$(SCALE)) $(if $(OUT),out=$(OUT)) $(if $(PORT),serve.port=$(PORT)) $(if $(filter 1 true yes,$(KEEP_SERVING)),keep_serving=true)
 
@@ -64,11 +63,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 2; }
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	@echo "installing into $(VENV) (once; two minutes or so)"
-	$(PIP_INSTALL) --editable ".[train]"
+	@echo "installing into $(VENV) (once; a minute or two)"
+	$(INSTALL) ".[train]"
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	@echo "installing into $(VENV) with the development tools (once; two minutes or so)"
-	$(PIP_INSTALL) --editable ".[dev]"
+	@echo "installing into $(VENV) with the development tools (once; a minute or two)"
+	$(INSTALL) ".[dev]"
 	@touch $(VENV)/.installed $@
