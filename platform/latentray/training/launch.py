@@ -15,14 +15,12 @@ from typing import Any
 
 import torch
 
-from latentray import build, tracking
+from latentray import build
 from latentray.checkpoint import manifest, store
 from latentray.config import compose
 from latentray.config.train import Train
-from latentray.data import latents
-from latentray.diffusion import samplers, schedules
-from latentray.errors import ConfigError, FingerprintMismatch, InputMissing, TrainingFailed
-from latentray.training import checkpoint, feed
+from latentray.errors import ConfigError, TrainingFailed
+from latentray.training import preflight
 from latentray.training.state import Worker
 
 RESULTS = {"autoencoder": "autoencoder", "diffusion": "model"}
@@ -43,7 +41,7 @@ def train(config: Train) -> str:
     if finished is not None:
         print(f"{run} is finished: {result}", flush=True)
         return result
-    inputs = preflight(config, out)
+    inputs = preflight.check(config, out)
     print(f"run {run} -> {out}")
     print(f"resume it with: {resume_command(run, out)}", flush=True)
     if config.cluster.kind == "none":
@@ -67,90 +65,6 @@ def resume_command(run: str, out: str) -> str:
         return f"python -m jobs.train run={run} out={out} ... (with the same settings)"
     kept = [a for a in sys.argv[1:] if not a.startswith(("run=", "out="))]
     return " ".join(["python -m jobs.train", *kept, f"run={run}", f"out={out}"])
-
-
-def preflight(config: Train, out: str) -> dict[str, str]:
-    """Check everything that can be known without a worker; the digests of the inputs."""
-    tracking.check(config.tracking)
-    inputs = _preflight_data(config) if config.stage.name == "autoencoder" else _preflight_latents(config)
-    store.require_space(out, _bytes_needed(config))
-    saved = checkpoint.newest(out)
-    if saved is not None and saved.manifest.meta["world"] != _world(config):
-        raise FingerprintMismatch(
-            f"The run was begun with {saved.manifest.meta['world']} workers, now there are {_world(config)}.",
-            where=saved.uri,
-            mend=f"Set cluster.workers={saved.manifest.meta['world']}, or begin a new run.",
-        )
-    return inputs
-
-
-def _preflight_data(config: Train) -> dict[str, str]:
-    if not config.data and not config.mixture.of:
-        raise ConfigError("Stage 1 needs pictures.", where="data", mend="Add data=<what build_shards wrote>.")
-    opened = _verified(config)
-    weights = config.stage.lpips.weights
-    if weights is not None and not store.local_path(weights).is_file():
-        raise InputMissing(
-            "The LPIPS backbone's weights are not there.",
-            where="stage.lpips.weights",
-            mend=f"Check the path {weights}.",
-        )
-    return opened.inputs
-
-
-def _preflight_latents(config: Train) -> dict[str, str]:
-    if not config.latents and not config.mixture.of:
-        raise ConfigError(
-            "Stage 2 needs latents.", where="latents", mend="Add latents=<what precompute_latents wrote>."
-        )
-    opened = _verified(config)
-    described = [latents.describe(one.uri, one.manifest) for one in opened.sets]
-    first = described[0]
-    artifact = build.autoencoder_artifact(store.absolute(config.autoencoder_from or first.autoencoder_uri))
-    for one in described:
-        one.require_autoencoder(artifact)
-        one.require_like(first)
-    samplers.table(
-        config.stage.sampler,
-        schedules.build(config.objective),
-        config.objective.prediction,
-        config.stage.sampling_steps,
-    )  # refuses what the model could not be sampled with by default
-    net = config.denoiser
-    for key, have, want in (
-        ("denoiser.in_channels", net.in_channels, first.channels),
-        ("denoiser.out_channels", net.out_channels, first.channels),
-        ("denoiser.context_width", net.context_width, first.text_width),
-    ):
-        if have != want:
-            raise ConfigError(f"{key} is {have}, but the latents have {want}.", where=key, mend=f"Set {key}={want}.")
-    return opened.inputs | {"autoencoder": artifact.digest}
-
-
-def _verified(config: Train) -> feed.Feed:
-    """The run's data sets, opened and checked; with damage.policy=skip, damage is found and counted on the way."""
-    config.require_divisible(_world(config))
-    opened = feed.Feed.open(config)
-    if not opened.skip_damaged:
-        for one in opened.sets:
-            one.verify()
-    return opened
-
-
-def _world(config: Train) -> int:
-    return config.cluster.workers if config.cluster.kind == "ray" else int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _bytes_needed(config: Train) -> int:
-    """Checkpoints (weights, two moments, EMA: 4 x 4 bytes a parameter, and half as much for bf16 weights) and the result."""
-    with torch.device("meta"):
-        net = (
-            build.autoencoder(config.autoencoder)
-            if config.stage.name == "autoencoder"
-            else build.denoiser(config.denoiser)
-        )
-    kept = config.keep_checkpoints + 1 if config.checkpoint_every_samples else 0
-    return build.parameter_count(net) * (18 * kept + 8) + (64 << 20)
 
 
 def _seal_run(config: Train, run: str, out: str, result: str, inputs: dict[str, str]) -> None:

@@ -17,7 +17,7 @@ from latentray.errors import (
     FingerprintMismatch,
     InputMissing,
 )
-from latentray.training import launch
+from latentray.training import launch, preflight
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_a_finished_run_is_not_trained_again(tiny, inputs, tmp_path, monkeypatch
 def test_what_a_run_needs_grows_with_its_checkpoints(tiny, inputs):
     config = compose.load("train", Train, [*tiny.STAGE2, "checkpoint_every_samples=8", "keep_checkpoints=5"])
     without = dataclasses.replace(config, checkpoint_every_samples=0)
-    assert launch._bytes_needed(config) > launch._bytes_needed(without)
+    assert preflight.bytes_needed(config) > preflight.bytes_needed(without)
 
 
 def test_new_runs_have_names_of_their_own():
