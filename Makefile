@@ -27,7 +27,7 @@ QUICKSTART_OVERRIDES = $(if $(SCALE),scale=$(SCALE)) $(if $(OUT),out=$(OUT)) $(i
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-quickstart: $(VENV)/.installed ## raw pictures to a served model, nine to thirteen minutes (SCALE=mini, PORT=8000, KEEP_SERVING=1, OUT=folder)
+quickstart: $(VENV)/.installed ## raw pictures to a served model, eight to twelve minutes (SCALE=mini, PORT=8000, KEEP_SERVING=1, OUT=folder)
 	$(BIN)/python -m jobs.quickstart $(QUICKSTART_OVERRIDES)
 
 test: lint ## lint, then every test that is quick and needs no GPU
