@@ -1,6 +1,7 @@
-"""Look at a data set of pictures: counts, sizes, aspects, captions, damaged samples, and a contact sheet.
+"""Look at a data set: counts, sizes, captions, damaged samples, and a contact sheet; of clips, episodes and latents too.
 
 python -m jobs.inspect_shards data=runs/data/shapes
+python -m jobs.inspect_shards data=runs/latents
 python -m jobs.inspect_shards data=s3://bucket/photos/train check=0 out=inspection
 """
 

@@ -1,6 +1,8 @@
-"""Encode a data set's pictures and captions once, for every epoch of stage 2.
+"""Encode a data set's pictures or clips and their captions once, for every epoch of stage 2.
 
 python -m jobs.precompute_latents data=runs/data/shapes autoencoder_from=runs/ae/autoencoder out=runs/latents
+python -m jobs.precompute_latents data=s3://bucket/photos autoencoder_from=... out=... buckets.sizes=[512,1024]
+python -m jobs.precompute_latents data=runs/data/moving autoencoder_from=... out=... clip.frames=16
 
 What it will take, without writing anything: add estimate=true. After the data set grew: a new out=, and reuse=<the old one>.
 """

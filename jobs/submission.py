@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import dataclasses
+import datetime
 import difflib
+import itertools
 import logging
+import secrets
 import shlex
 import socket
 import sys
@@ -17,7 +21,7 @@ from urllib.parse import urlsplit
 
 import tenacity
 
-from latentray.config import compose
+from latentray.config import command, compose
 from latentray.config.submit import SubmitConfig
 from latentray.errors import AlreadyExists, ConfigError, EnvironmentRefused
 
@@ -29,6 +33,9 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 
 POLL_S = 0.3
 """The output ends a moment before the status is written; asking again costs one small request."""
+
+ENDED = frozenset({0, command.USER_MISTAKE, command.STOPPED, 130})
+"""Exit codes of a job that another attempt would not end otherwise: done, refused, stopped, interrupted."""
 
 NOT_SENT = frozenset({"submit"})
 """Jobs that make no sense on a cluster."""
@@ -94,10 +101,34 @@ def submit(config: SubmitConfig, more_overrides: Sequence[str] = ()) -> int:
     AlreadyExists (the submission id belongs to another command), all before anything runs on the cluster.
     """
     require_job(config.job)
-    overrides = [*config.overrides, *more_overrides]
+    overrides = named([*config.overrides, *more_overrides], job=config.job, retries=config.retries)
     compose.compose(config.job, overrides)  # keys and groups only: a path in them is the cluster's, not this machine's
     require_cluster(config.address, config.connect_timeout_s)
     client = connect(config.address)
+    for attempt in itertools.count():
+        code = _once(client, config, overrides, attempt)
+        if not is_worth_another(code, attempt, config.retries):
+            return code
+        print(f"sent again ({attempt + 1} of {config.retries})", flush=True)
+    raise AssertionError("count() does not end")
+
+
+def named(overrides: Sequence[str], *, job: str, retries: int) -> list[str]:
+    """The settings of a job that may be sent again: a training run gets a name, so that it goes on and does not begin anew."""
+    if not retries or job != "train" or any(one.startswith("run=") for one in overrides):
+        return list(overrides)
+    return [*overrides, f"run=train-{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"]
+
+
+def is_worth_another(code: int, attempt: int, retries: int) -> bool:
+    """Whether a job that ended with this exit code is sent again, after so many attempts before it."""
+    return code not in ENDED and attempt < retries
+
+
+def _once(client: JobSubmissionClient, config: SubmitConfig, overrides: Sequence[str], attempt: int) -> int:
+    """Send the job and, where `wait`, follow it to its end."""
+    if attempt and config.submission_id is not None:
+        config = dataclasses.replace(config, submission_id=f"{config.submission_id}.{attempt}")
     submission_id = _send(client, config, entrypoint(config, overrides))
     print(f"job {submission_id} at {config.address}: {entrypoint(config, overrides)}", flush=True)
     commands = f"ray job logs --follow --address {config.address} {submission_id}"

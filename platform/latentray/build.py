@@ -16,10 +16,13 @@ from latentray.config.autoencoder import AutoencoderConfig
 from latentray.config.denoiser import DenoiserConfig
 from latentray.errors import ArtifactError, ConfigError
 from latentray.models.autoencoder import KLAutoencoder, LatentScale
+from latentray.models.mmdit import MMDiT
 from latentray.models.unet import UNet
 
 Net = TypeVar("Net", bound=nn.Module)
 AUTOENCODER_FORMAT = 1
+Denoiser = UNet | MMDiT
+_DENOISERS: dict[str, Callable[[DenoiserConfig], Denoiser]] = {"unet": UNet, "mmdit": MMDiT}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,9 +85,9 @@ def autoencoder(
     return _filled(KLAutoencoder(config), state, where)
 
 
-def denoiser(config: DenoiserConfig, state: Mapping[str, Tensor] | None = None, *, where: str = "") -> UNet:
+def denoiser(config: DenoiserConfig, state: Mapping[str, Tensor] | None = None, *, where: str = "") -> Denoiser:
     """A denoiser, with its weights where they are given."""
-    return _filled(UNet(config), state, where)
+    return _filled(_DENOISERS[config.family](config), state, where)
 
 
 def seeded(make: Callable[[], Net], seed: int) -> Net:

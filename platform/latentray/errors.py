@@ -102,5 +102,9 @@ class RequestRefused(LatentrayError):
         self.param, self.code, self.status = param, code, status
 
 
+class Stopped(LatentrayError):
+    """A run was asked to stop (SIGTERM), saved a checkpoint and ended; the same run goes on from there later."""
+
+
 class TrainingFailed(LatentrayError):
     """A training run ended without a usable result: a worker died more often than allowed, or the loss is not a number."""

@@ -1,13 +1,13 @@
 """The records that travel between the parts, version 1, and the legend of shape suffixes.
 
-Shape suffixes: B batch, T frames, C channels, H/W pixel rows/columns, h/w latent rows/columns, L tokens, D width of a
-token, N captions of one sample. `x_BChw` is a batch of latents.
+Shape suffixes: B batch, T frames or steps of an episode, C channels, H/W pixel rows/columns, h/w latent rows/columns,
+L tokens, D width of a token, A dimensions of an action, N captions of one sample. `x_BChw` is a batch of latents.
 
 Members of a WebDataset sample (its `<key>` is unique in its data set):
     picture   `.jpg|.png|.webp`, `.txt` (caption), `.json` (`captions`, `width`, `height`, any metadata)
-    latent    `.latent.safetensors` with `mean`, `logvar` float (C,h,w), `text.<encoder>.tokens` (N,L,D), `.mask` (N,L),
-              `.pooled` (N,D); `.json` with `captions`, source key and digest, `original_size`, `crop_top_left`,
-              `target_size`, `flip`
+    latent    `.latent.safetensors` with `mean`, `logvar` float (C,h,w) or, of a clip, (T,C,h,w),
+              `text.<encoder>.tokens` (N,L,D), `.mask` (N,L), `.pooled` (N,D); `.json` with `captions`, source key and
+              digest, `original_size`, `crop_top_left`, `target_size`, `flip`, of a clip also `frames`, `fps`, `begin`
     clip      `.mp4`, or `.frames.safetensors` with `frames` uint8 (T,H,W,3); `.json` with `fps` and `captions`
     episode   `.episode.safetensors` with `actions` float32 (T,A) and `obs.<name>` (T,...); `.json`
 """
@@ -125,3 +125,36 @@ class LatentBatch:
     traffic: Traffic = dataclasses.field(default_factory=Traffic)
     first_slot: int = 0
     """Position of the first sample in the global batch."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class ClipBatch:
+    """Clips for the video family: x in [-1, 1], all frames of a clip cut and mirrored alike."""
+
+    x_BTCHW: torch.Tensor
+    captions: list[str]
+    ids: list[SampleId]
+    weight_B: torch.Tensor
+    """As a PictureBatch's."""
+    damaged: list[Damaged] = dataclasses.field(default_factory=list)
+    traffic: Traffic = dataclasses.field(default_factory=Traffic)
+
+
+@dataclasses.dataclass(kw_only=True)
+class EpisodeBatch:
+    """Windows of episodes for the policy family: what was seen up to a step, and what was done from it on."""
+
+    actions_BTA: torch.Tensor
+    """float32, T the horizon of prediction; after an episode's end, its last action."""
+    action_mask_BT: torch.Tensor
+    """False where made up."""
+    observations: dict[str, torch.Tensor]
+    """Name -> (B, T, ...) float32, T the horizon of observation; pictures (B, T, 3, H, W) in [-1, 1]."""
+    observation_mask_BT: torch.Tensor
+    """False where made up: before an episode's begin stands its first observation."""
+    ids: list[SampleId]
+    """Of windows: `index` is a position in the data set's windows."""
+    weight_B: torch.Tensor
+    """As a PictureBatch's."""
+    damaged: list[Damaged] = dataclasses.field(default_factory=list)
+    traffic: Traffic = dataclasses.field(default_factory=Traffic)

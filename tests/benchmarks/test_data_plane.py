@@ -25,6 +25,7 @@ from latentray.data.transforms import Augment
 
 pytestmark = pytest.mark.slow
 SAMPLES, SHARDS, BATCH = 4096, 4, 256
+PAIRS = 9
 TEXTS = {"plain": (1, 8), "with text": (77, 768)}
 
 
@@ -74,24 +75,25 @@ def test_latents_in_training_order_against_webdataset_in_tar_order(tmp_path, kin
     order = Order.of(data.count, 0, BATCH)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    rates: dict[str, list[float]] = {"ours": [], "webdataset": []}
+    pairs: list[tuple[float, float]] = []
     try:
-        for _ in range(5):
+        for _ in range(1 + PAIRS):
             began = time.perf_counter()
             source = OrderedSource([data], order, last_step=SAMPLES // BATCH)
             assert sum(len(batch.ids) for batch in latent_batches(source)) == SAMPLES
-            rates["ours"].append(SAMPLES / (time.perf_counter() - began))
+            ours = SAMPLES / (time.perf_counter() - began)
             began = time.perf_counter()
             assert sum(len(batch[0]) for batch in stock(uri)) == SAMPLES
-            rates["webdataset"].append(SAMPLES / (time.perf_counter() - began))
+            pairs.append((ours, SAMPLES / (time.perf_counter() - began)))
     finally:
         torch.set_num_threads(threads)
-    ours, theirs = (float(np.median(values)) for values in rates.values())
+    ours_N, theirs_N = np.array(pairs[1:]).T  # the first pair met files and memory that were new
+    low, middle, high = np.percentile(ours_N / theirs_N, [25, 50, 75])
     print(
-        f"\nlatents {kind}: {ours:,.0f}/s in training order, checked; WebDataset {theirs:,.0f}/s: "
-        f"{ours / theirs:.1f}x (asked {asked:g}x)"
+        f"\nlatents {kind}: {np.median(ours_N):,.0f}/s in training order, checked; WebDataset {np.median(theirs_N):,.0f}/s: "
+        f"{middle:.1f}x, quartiles {low:.1f} and {high:.1f} of {PAIRS} pairs (asked {asked:g}x)"
     )
-    assert ours > 0.3 * asked * theirs
+    assert middle > 0.6 * asked
 
 
 OPEN = """

@@ -1,5 +1,6 @@
 """Every configuration composes and builds; every mistake on a command line is one message, before anything starts."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -13,8 +14,12 @@ import yaml
 from latentray import build
 from latentray.config import compose, describe
 from latentray.config.build_shards import BuildShards
+from latentray.config.denoiser import DenoiserConfig
+from latentray.config.doctor import DoctorConfig
 from latentray.config.evaluate import Evaluate
+from latentray.config.export import Export
 from latentray.config.inspect_shards import InspectShards
+from latentray.config.plan import PlanConfig
 from latentray.config.precompute_latents import PrecomputeLatents
 from latentray.config.promote import PromoteConfig, ReleasesConfig, RollbackConfig
 from latentray.config.quickstart import Quickstart
@@ -29,8 +34,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PRIMARY = {
     "build_shards": (BuildShards, []),
+    "doctor": (DoctorConfig, []),
+    "export": (Export, ["run=r", "out=o"]),
     "evaluate": (Evaluate, ["model=m", "data=d", "out=o"]),
     "inspect_shards": (InspectShards, ["data=d"]),
+    "plan": (PlanConfig, []),
     "precompute_latents": (PrecomputeLatents, ["data=d", "autoencoder_from=a", "out=o"]),
     "promote": (PromoteConfig, ["model=m", "report=r"]),
     "quickstart": (Quickstart, []),
@@ -58,7 +66,10 @@ GROUPS = {
     "text_encoder": "precompute_latents",
     "tracking": "train",
 }
-"""Group -> the primary configuration that takes it."""
+"""Group -> the primary configuration that takes it, or the first of several."""
+
+SHARED = {"doctor": {"cluster", "tracking"}}
+"""Primary configuration -> groups that it takes besides."""
 
 NEEDS = {
     ("source", "folder"): ["path=p"],
@@ -115,14 +126,29 @@ def test_every_denoiser_builds(name):
     config = load("train", f"denoiser={name}").denoiser
     with torch.device("meta"):
         net = build.denoiser(config)
-    size = 2 ** len(config.channels)
-    x, context = torch.empty(1, config.in_channels, size, size), torch.empty(1, 5, config.context_width or 1)
-    assert net(x.to("meta"), torch.empty(1, device="meta"), context.to("meta")).shape == (
-        1,
-        config.out_channels,
-        size,
-        size,
-    )
+        x, t, context = (
+            torch.empty(1, config.in_channels, 16, 16),
+            torch.empty(1),
+            torch.empty(1, 5, config.context_width or 1),
+        )
+        conditions = {
+            "pooled": torch.empty(1, config.pooled_width or 1),
+            "size": torch.empty(1, config.size_numbers),
+            "labels": torch.empty(1, dtype=torch.long),
+        }
+        assert net(x, t, context, **conditions).shape == (1, config.out_channels, 16, 16)
+
+
+def test_every_denoiser_lists_the_settings_of_its_family():
+    """What a file leaves out cannot be overridden: an mmdit has no levels, a U-Net no patches."""
+    kinds = {kind: set() for kind in ("unet", "mmdit")}
+    for name in compose.groups()["denoiser"]:
+        told = yaml.safe_load((compose.conf_dir() / "denoiser" / f"{name}.yaml").read_text())
+        kinds[told["family"]] |= set(told)
+        assert set(told) == kinds[told["family"]]
+    assert kinds["unet"] | kinds["mmdit"] == {field.name for field in dataclasses.fields(DenoiserConfig)}
+    assert refused("train", "denoiser=unet_tiny_sd2", "denoiser.patch=2").where == "denoiser.patch"
+    assert refused("train", "denoiser=mmdit_tiny_sd3", "denoiser.channels=[8]").where == "denoiser.channels"
 
 
 @pytest.mark.parametrize("name", compose.groups()["objective"])
@@ -133,11 +159,22 @@ def test_every_objective_builds(name):
     assert 0 < float(sigma) < 1
 
 
-def test_the_published_parameter_counts():
-    config = load("train", "autoencoder=kl_f8", "denoiser=unet_sd15")
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("unet_sd15", 859_520_964), ("unet_sd2", 865_910_724), ("unet_sdxl", 2_567_463_684),
+        ("unet_sdxl_refiner", 2_259_526_660), ("unet_class", 406_730_884), ("mmdit_sd3_medium", 2_028_328_000),
+        ("mmdit_sd35_medium", 2_243_171_520), ("mmdit_sd35_large", 8_056_627_520),
+    ],
+)  # fmt: skip
+def test_the_parameter_counts_of_denoisers(name, parameters):
     with torch.device("meta"):
-        assert build.parameter_count(build.autoencoder(config.autoencoder)) == 83_653_863
-        assert build.parameter_count(build.denoiser(config.denoiser)) == 859_520_964
+        assert build.parameter_count(build.denoiser(load("train", f"denoiser={name}").denoiser)) == parameters
+
+
+def test_the_parameter_count_of_the_autoencoder():
+    with torch.device("meta"):
+        assert build.parameter_count(build.autoencoder(load("train", "autoencoder=kl_f8").autoencoder)) == 83_653_863
 
 
 @pytest.mark.parametrize(
@@ -288,7 +325,9 @@ def test_help_says_what_each_setting_means_and_offers_only_groups_that_apply(nam
     for key in yaml.safe_load(shown):
         if key in meanings:
             assert f"# {meanings[key]}\n{key}:" in shown
-    assert set(compose.groups_of(name)) == {group for group, taker in GROUPS.items() if taker == name} - {"debug"}
+    assert set(compose.groups_of(name)) == {
+        group for group, taker in GROUPS.items() if taker == name or group in SHARED.get(name, ())
+    } - {"debug"}
 
 
 def test_a_comma_in_a_prompt_is_told_how_to_be_quoted():

@@ -1,4 +1,6 @@
-"""The latent job on Ray: killed encoders, a killed driver and a small object store change no byte of what it writes."""
+"""The latent job on Ray: killed encoders, a killed node, a killed driver, fewer encoders and a small object store change no
+byte of what it writes.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ from latentray.config import compose
 from latentray.config.autoencoder import AutoencoderConfig
 from latentray.config.precompute_latents import PrecomputeLatents
 from latentray.config.text_encoder import TinyTextEncoderConfig
-from latentray.data import index, latent_job, latent_parts, latent_shards, shards
+from latentray.data import index, latent_commit, latent_job, latent_parts, latent_shards, shards
 from latentray.data.latent_encoder import Encoder
 from latentray.models.autoencoder import KLAutoencoder, LatentScale
 
@@ -36,14 +38,16 @@ SIZE, SHARDS, PER_SHARD = 128, 24, 10
 HEAVY = AutoencoderConfig(channels=[32, 32], blocks=1, patch=2, attention=False, groups=4)
 LIGHT = AutoencoderConfig(channels=[16], blocks=1, patch=8, attention=False, groups=4)
 DRIVER = """
-import sys, tempfile
+import sys
 import ray
 from latentray.config import command
 from latentray.config.precompute_latents import PrecomputeLatents
 from latentray.data import precompute
 
 store_bytes, folder, *overrides = sys.argv[1:]
-ray.init(num_cpus=4, object_store_memory=int(store_bytes), include_dashboard=False, _temp_dir=folder, logging_level="error")
+if not any(one.startswith("address=") for one in overrides):
+    own = {"num_cpus": 4, "object_store_memory": int(store_bytes), "include_dashboard": False, "_temp_dir": folder}
+    ray.init(**own, logging_level="error")
 sys.exit(command.run("precompute_latents", PrecomputeLatents, precompute.precompute, overrides))
 """
 
@@ -55,16 +59,17 @@ def picture(number: int, height: int, width: int) -> bytes:
     return buffer.getvalue()
 
 
-def write_data(root: Path, pictures: list[bytes], per_shard: int) -> None:
+def write_data(root: Path, pictures: list[bytes], per_shard: int, *, columns: bool = False) -> None:
     folder = root.with_name(f"{root.name}-built")
     folder.mkdir()
     samples = [
         shards.Sample(
             key=f"{number:09d}",
             members={"png": data, "txt": f"picture {number % 7}".encode()},
-            columns={"sha256": hashlib.sha256(data).digest(), "width": SIZE, "height": SIZE},
+            columns={"sha256": hashlib.sha256(data).digest(), "width": width, "height": height},
         )
         for number, data in enumerate(pictures)
+        for width, height in [Image.open(io.BytesIO(data)).size if columns else (SIZE, SIZE)]
     ]
     made = [
         shards.write_shard(samples[i : i + per_shard], folder / shards.shard_name(k))
@@ -105,13 +110,13 @@ def undisturbed(made) -> dict[str, str]:
     """sha256 of every file of the store, made in this process by one encoder."""
     config = compose.load("precompute_latents", PrecomputeLatents, with_text(made, made / "undisturbed"))
     plan = latent_job.plan(config)
-    latent_job.begin(plan)
+    latent_commit.begin(plan)
     encoder = Encoder(plan.job)
     for one in plan.work:
         parcels = [encoder.encode(latent_parts.read_part(plan.job, part)) for part in one.left]
         names = [latent_shards.write_part(plan.job, parcel) for parcel in parcels]
         latent_shards.assemble(plan.job, one.split, one.name, names)
-    latent_job.commit(config, plan)
+    latent_commit.commit(config, plan)
     return digests(made / "undisturbed")
 
 
@@ -170,6 +175,63 @@ def committed(out: Path) -> list[Path]:
     return sorted((out / "train").glob("*.rows"))
 
 
+@pytest.fixture
+def two_nodes(monkeypatch):
+    """A cluster of two nodes on this machine: the head, which can do the work alone, and another."""
+    from ray.cluster_utils import Cluster
+
+    with tempfile.TemporaryDirectory(prefix="lr-", ignore_cleanup_errors=True) as folder:
+        monkeypatch.setenv("RAY_TMPDIR", folder)  # short: Ray's socket paths are limited
+        (Path(folder) / "ray").mkdir()
+        cluster = Cluster(shutdown_at_exit=True)
+        try:
+            common = {"object_store_memory": 100 << 20}
+            cluster.add_node(num_cpus=3, include_dashboard=False, temp_dir=f"{folder}/head", **common)
+            other = cluster.add_node(num_cpus=3, temp_dir=f"{folder}/other", **common)
+            cluster.wait_for_nodes()
+            yield cluster, other
+        finally:
+            cluster.shutdown()
+
+
+def encoders_of(node) -> list[psutil.Process]:
+    """The encoder actors that run on a node."""
+    (raylet,) = node.all_processes["raylet"]
+    found = []
+    for process in descendants(raylet.process.pid):
+        with contextlib.suppress(psutil.Error):
+            found += [process] if "_EncoderActor" in " ".join(process.cmdline()) else []
+    return found
+
+
+def test_a_node_that_dies_changes_nothing(made, undisturbed, two_nodes, tmp_path):
+    cluster, other = two_nodes
+    out = tmp_path / "out"
+    with job(with_text(made, out, f"address={cluster.address}")) as driver:
+        wait_for(lambda: len(committed(out)) >= 2 and bool(encoders_of(other)), driver)
+        at_death = len(committed(out))
+        cluster.remove_node(other, allow_graceful=False)
+        finish(driver)
+    assert at_death < SHARDS
+    assert digests(out) == undisturbed
+    assert {path.name for path in (out / "train").iterdir()} == {*undisturbed, "manifest.json"}
+
+
+def test_buckets_have_the_same_bytes_with_one_encoder_and_with_two(made, tmp_path):
+    shapes = [(128, 128), (128, 200), (210, 128), (96, 96), (128, 160), (60, 100)]
+    write_data(tmp_path / "data", [picture(i, *shapes[i % 6]) for i in range(60)], 9, columns=True)
+    buckets = ["buckets.sizes=[64,128]", "buckets.step=16", "crops=2", f"data={tmp_path / 'data'}"]
+    found = []
+    for most in (1, 2):
+        out = tmp_path / f"out-{most}"
+        with job(with_text(made, out, *buckets, f"actors=[{most},{most}]")) as driver:
+            finish(driver)
+        found.append(digests(out))
+    assert found[0] == found[1] and len(found[0]) == 7 + 3
+    meta = manifest.read(tmp_path / "out-1" / "train").meta
+    assert (meta["samples"], meta["encoded"]) == (120, 120)
+
+
 def test_killed_encoders_change_nothing(made, undisturbed, tmp_path):
     out = tmp_path / "out"
     with job(with_text(made, out)) as driver:
@@ -215,7 +277,7 @@ def test_a_bad_picture_ends_the_job_with_one_message_or_is_left_out(made, tmp_pa
     with job(wanted) as driver:
         output, _ = driver.communicate(timeout=400)
     assert driver.returncode == 2, output
-    assert "error: The picture '000000001' cannot be used" in output and "damage.policy=skip" in output
+    assert "error: The sample '000000001' cannot be used" in output and "damage.policy=skip" in output
     assert not (tmp_path / "out" / "train" / "manifest.json").exists()
     with job([*wanted, "damage.policy=skip", "damage.max_bad_fraction=0.5"]) as driver:
         finish(driver)

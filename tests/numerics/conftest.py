@@ -80,7 +80,7 @@ def runs(inputs, tmp_path_factory) -> dict[str, Run]:
     stage2 = [*tiny.STAGE2, f"latents={inputs['latents']}"]
 
     def job(name: str, overrides: list[str], **more) -> dict:
-        return {"overrides": [*overrides, f"run={name}", f"out={root / name}"], **more}
+        return {"name": name, "overrides": [*overrides, f"run={name}", f"out={root / name}"], **more}
 
     often = [*stage2, "checkpoint_every_samples=16"]
     edm = [o for o in stage2 if not o.startswith("objective")]
@@ -100,7 +100,8 @@ def runs(inputs, tmp_path_factory) -> dict[str, Run]:
     outputs = {"one": _run(root, one, expect=9)}
     shutil.copytree(root / "resumed", root / "damaged")
     newest = sorted((root / "damaged" / "checkpoints").iterdir())[-1]
-    victim = next(path for path in sorted(newest.rglob("*optim_states.pt")))
+    shutil.copytree(root / "resumed", root / "moved")
+    victim = newest / "denoiser" / "rank_00000.safetensors"
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(bytes(data))
@@ -111,5 +112,6 @@ def runs(inputs, tmp_path_factory) -> dict[str, Run]:
         for zero in range(4)
         for name, settings in (("stage1", stage1), ("stage2", stage2))
     ]
-    outputs["two"] = _run(root, [*two, job("mixed_two", mixed)], world=2)
+    elsewhere = job("moved", [*often, "deepspeed=zero3"])
+    outputs["moved"] = outputs["two"] = _run(root, [*two, job("mixed_two", mixed), elsewhere], world=2)
     return {path.name: Run(path, outputs.get(path.name, "")) for path in root.iterdir() if path.is_dir()}

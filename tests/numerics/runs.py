@@ -2,8 +2,8 @@
 
     [torchrun --nproc-per-node 2] runs.py <jobs.json> <port>
 
-A job has `overrides`, and `die_at`: the process ends, as if killed, once the checkpoint of that step is written.
-Beside each result it leaves `raw.safetensors`, the weights that the EMA averages.
+A job has `overrides`, and `die_at`: the process ends, as if killed, once the checkpoint of that step is written; or
+`inject`, faults of `injected.py`. Beside each result it leaves `raw.safetensors`, the weights that the EMA averages.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ import functools
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
+import injected
+import torch
 import torch.distributed as dist
 
-from latentray.checkpoint import weights
+from latentray.checkpoint import manifest, store, weights
 from latentray.config import compose
 from latentray.config.train import Train
-from latentray.training import launch, loop
+from latentray.errors import LatentrayError
+from latentray.training import here, launch, loop
 
 KILLED = 9
 
@@ -28,6 +32,7 @@ def keeping_raw(finish):
     @functools.wraps(finish)
     def wrapped(self, ema):
         state = self.engine.full_state()
+        Path(self.worker.out, f"state-{self.worker.rank}.txt").write_text(injected.state_of(self.engine))
         if self.worker.leads:
             weights.save(Path(self.worker.out) / "raw.safetensors", state)
         return finish(self, ema)
@@ -44,19 +49,32 @@ def _join() -> None:
     dist.init_process_group = dist.destroy_process_group = lambda *_args, **_kwargs: None
 
 
+def _with(work, own: loop.Hooks, *args, hooks: loop.Hooks, **kwargs) -> bool:
+    return work(*args, hooks=own, **kwargs)
+
+
 def main() -> None:
     for stage in loop.STAGES.values():
         stage.finish = keeping_raw(stage.finish)
-    work = launch._work
+    work = here.work
     _join()
     for job in json.loads(Path(sys.argv[1]).read_text()):
 
         def die(uri: str, step: int, at: int | None = job.get("die_at")) -> None:
             if step == at:
+                while not store.exists(store.join(uri, manifest.NAME)):  # a thread of rank 0 writes it
+                    time.sleep(0.05)
                 os._exit(KILLED)
 
-        launch._work = functools.partial(work, on_checkpoint=die)
-        launch.train(compose.load("train", Train, job["overrides"]))
+        here.work = functools.partial(_with, work, loop.Hooks(on_checkpoint=die))
+        torch.manual_seed(0)  # as in a process of its own: nothing that a job draws is left to the next
+        undo = injected.install(job.get("inject", {}))
+        try:
+            launch.train(compose.load("train", Train, job["overrides"]))
+        except LatentrayError as error:
+            print(f"{job['name']} ended: {type(error).__name__}: {error}", flush=True)
+        for one in undo:
+            one()
 
 
 if __name__ == "__main__":

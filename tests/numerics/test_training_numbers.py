@@ -41,10 +41,18 @@ def test_a_killed_run_ends_at_the_same_bits(runs, name):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(runs):
     output = runs["damaged"].output
     assert "checkpoint passed over" in output
-    assert "optim_states.pt" in output
+    assert "denoiser/rank_00000.safetensors" in output
     assert "at step 2" in output
     assert "at step 4" in runs["resumed"].output
     assert "passed over" not in runs["resumed"].output
+
+
+def test_a_run_goes_on_with_other_workers_and_another_zero_stage(runs):
+    """Begun by one worker under ZeRO-2, killed, ended by two under ZeRO-3."""
+    assert "at step 4" in runs["moved"].output
+    trajectory = runs["moved"].trajectory("train/loss")
+    assert trajectory == pytest.approx(runs["stage2"].trajectory("train/loss"), rel=1e-5)
+    assert largest_difference(runs["stage2"].raw(), runs["moved"].raw()) < 1e-5
 
 
 def test_a_resumed_run_logs_every_step_once(runs):

@@ -98,7 +98,7 @@ def seal(
         config=dict(config or {}),
         meta=dict(meta or {}),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        git_commit=_git_commit(),
+        git_commit=git_commit(),
         packages=_package_versions(),
     )
     values = dataclasses.asdict(manifest) | {"digest": manifest.digest}
@@ -201,7 +201,8 @@ def fetch_all(uri: str | Path, *, kind: str | None = None) -> tuple[Manifest, di
     return manifest, {name: fetch_file(uri, name, manifest) for name in manifest.files}
 
 
-def _git_commit() -> str:
+def git_commit() -> str:
+    """The commit of the checkout that runs; empty outside one."""
     here = Path(__file__).resolve().parent
     try:
         done = subprocess.run(

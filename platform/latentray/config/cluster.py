@@ -19,6 +19,8 @@ class ClusterConfig:
     """A running Ray cluster (`auto`, or host:port); null starts one on this machine."""
     workers: int = 1
     """Number of training workers (kind=ray)."""
+    min_workers: int | None = None
+    """The fewest that a run goes on with where nodes are missing; null waits for all. All numbers between must divide."""
     cpus_per_worker: float = 1
     """CPUs that Ray reserves for each."""
     threads: int | None = None
@@ -37,6 +39,12 @@ class ClusterConfig:
             )
         if self.workers < 1 or self.cpus_per_worker <= 0:
             raise ConfigError("At least one worker with some CPU is wanted.", where="cluster.workers", mend="Raise it.")
+        if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
+            raise ConfigError(
+                f"min_workers is {self.min_workers}, and workers {self.workers}.",
+                where="cluster.min_workers",
+                mend="Set it between 1 and cluster.workers, or to null.",
+            )
         if self.device not in ("auto", "cuda", "cpu"):
             raise ConfigError(
                 f"There is no device {self.device!r}.", where="cluster.device", mend="Use auto, cuda or cpu."

@@ -11,12 +11,14 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from latentray.config import compose, describe
-from latentray.errors import LatentrayError
+from latentray.errors import LatentrayError, Stopped
 
 Schema = TypeVar("Schema")
 
 USER_MISTAKE = 2
 """Exit code for a mistake of the user's and for a refused gate."""
+STOPPED = 143
+"""Exit code of a run that was asked to stop and can be resumed: what a shell gives to SIGTERM."""
 
 
 def run(name: str, schema: type[Schema], call: Callable[[Schema], Any], argv: Sequence[str] | None = None) -> int:
@@ -37,6 +39,9 @@ def run(name: str, schema: type[Schema], call: Callable[[Schema], Any], argv: Se
             return 0
         call(compose.load(name, schema, args))
         return 0
+    except Stopped as error:
+        err.print(f"{error.what}\n  resume it with: {error.mend}", markup=False, soft_wrap=True)
+        return STOPPED
     except LatentrayError as error:
         err.print(f"error: {error}", markup=False, soft_wrap=True)
         return USER_MISTAKE

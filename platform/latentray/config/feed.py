@@ -8,6 +8,7 @@ from latentray.errors import ConfigError
 
 POLICIES = ("fail", "skip")
 UNITS = ("samples", "epochs")
+CROPS = ("centre", "random")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -32,16 +33,16 @@ class OrderConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class BucketsConfig:
-    """Pictures of several aspect ratios and resolutions in one run of stage 1, each batch of one shape."""
+    """Pictures, or latents, of several aspect ratios and resolutions in one run, each batch of one shape."""
 
     sizes: list[int] = dataclasses.field(default_factory=list)
-    """Resolutions, as sides of squares in pixels; none trains on squares of `size`."""
+    """Resolutions, as sides of squares in pixels; none trains on squares of `size`. Stored latents have shapes already."""
     step: int = 64
     """Heights and widths are multiples of it, and it of the autoencoder's downsampling."""
     max_aspect: float = 2.0
     """The longest side is at most so many times the shortest."""
     multiple: int = 24
-    """A batch size is a multiple of it; numbers of workers (times accumulation) that divide it can train."""
+    """A batch size is a multiple of it, of stored latents in buckets too; workers times micro-batches must divide it."""
 
     def __post_init__(self) -> None:
         for key in ("step", "multiple"):

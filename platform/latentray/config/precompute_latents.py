@@ -13,8 +13,50 @@ MOST_CROPS = 32
 
 
 @dataclasses.dataclass(kw_only=True)
+class LatentBucketsConfig:
+    """Shapes of several aspect ratios and resolutions, instead of squares: little of a picture is cut."""
+
+    sizes: list[int] = dataclasses.field(default_factory=list)
+    """Resolutions, as sides of squares in pixels: a picture takes the greatest that it fills; none encodes squares."""
+    step: int = 64
+    """Heights and widths are multiples of it, and it of the autoencoder's downsampling."""
+    max_aspect: float = 2.0
+    """The longest side is at most so many times the shortest."""
+
+    def __post_init__(self) -> None:
+        if self.step < 1:
+            raise ConfigError("It must be at least 1.", where="buckets.step", mend="Raise buckets.step.")
+        if not self.max_aspect >= 1:
+            raise ConfigError(
+                "An aspect ratio of long to short is at least 1.", where="buckets.max_aspect", mend="Set it to 2, say."
+            )
+        if any(size < 1 or size % self.step for size in self.sizes) or len(set(self.sizes)) < len(self.sizes):
+            raise ConfigError(
+                f"buckets.sizes takes different multiples of {self.step}.",
+                where="buckets.sizes",
+                mend="Change one of them, or buckets.step.",
+            )
+
+
+@dataclasses.dataclass(kw_only=True)
+class ClipConfig:
+    """Which frames of a clip are encoded; data sets of clips need it, others take none."""
+
+    frames: int | None = None
+    """Frames of each record, from the clip's first on; shorter clips are damaged."""
+    fps: float | None = None
+    """Frames per second; null is the clips' own, where all have the same."""
+
+    def __post_init__(self) -> None:
+        if self.frames is not None and self.frames < 1:
+            raise ConfigError("It must be at least 1.", where="clip.frames", mend="Raise clip.frames.")
+        if self.fps is not None and not 0.001 <= self.fps <= 1000:
+            raise ConfigError("It lies outside 0.001 ... 1000.", where="clip.fps", mend="Set clip.fps=8, say.")
+
+
+@dataclasses.dataclass(kw_only=True)
 class PrecomputeLatents:
-    """Encode a data set's pictures and captions once, for every epoch of stage 2."""
+    """Encode a data set's pictures or clips and their captions once, for every epoch of stage 2."""
 
     text_encoder: TextEncoderConfig | None = None
     """What embeds the captions; `~text_encoder` leaves it out, and stores latents alone."""
@@ -30,20 +72,23 @@ class PrecomputeLatents:
     """Latents of the same encoders, of this data set before it grew or of another: pictures that they hold are copied."""
     sizes: list[int] = dataclasses.field(default_factory=list)
     """Pictures are resized and cut to these squares; none is what the autoencoder was trained on, several give <out>/<size>."""
+    buckets: LatentBucketsConfig = dataclasses.field(default_factory=LatentBucketsConfig)
+    """Instead of squares, each picture in the shape nearest to its own."""
+    clip: ClipConfig = dataclasses.field(default_factory=ClipConfig)
     crops: int = 1
-    """Cuts of each picture: the first its centre, further ones drawn along its longer side."""
+    """Cuts of each picture: the first its centre, further ones drawn along what is too long; of clips drawn in time too."""
     flip_variants: bool = False
     """Store each cut mirrored too."""
     batch_size: int = 64
-    """The one shape pictures are encoded in; the last batch of a shard is padded to it."""
+    """So many pictures, or frames, of one shape are encoded together; the last batch of a shard and shape is padded to it."""
     latent_dtype: str = "float32"
     """float16, bfloat16 or float32: the type of stored mean and log-variance."""
     text_dtype: str = "float16"
     """float16, bfloat16 or float32: the type of stored embeddings."""
     max_pixels: int = 64_000_000
-    """Pictures with more pixels are damaged, and are not decoded."""
+    """Pictures and frames with more pixels are damaged, and are not decoded."""
     damage: DamageConfig = dataclasses.field(default_factory=DamageConfig)
-    """What becomes of pictures that cannot be decoded; those left out are listed in rejected.jsonl."""
+    """What becomes of pictures and clips that cannot be decoded; those left out are listed in rejected.jsonl."""
     actors: list[int] = dataclasses.field(default_factory=lambda: [1, 2])
     """Fewest and most encoder actors."""
     device: str = "auto"
@@ -69,6 +114,10 @@ class PrecomputeLatents:
             raise ConfigError(f"It lies outside 1 ... {MOST_CROPS}.", where="crops", mend="Set crops=1, say.")
         if any(size < 1 for size in self.sizes) or len(set(self.sizes)) < len(self.sizes):
             raise ConfigError("sizes takes different numbers of pixels.", where="sizes", mend="Set sizes=[256], say.")
+        if self.sizes and self.buckets.sizes:
+            raise ConfigError(
+                "Pictures become squares or take the shapes of buckets.", where="sizes, buckets.sizes", mend="Set one."
+            )
         for key in ("latent_dtype", "text_dtype"):
             if getattr(self, key) not in DTYPES:
                 raise ConfigError(f"{key} takes {', '.join(DTYPES)}.", where=key, mend="Correct it.")

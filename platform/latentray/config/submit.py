@@ -29,6 +29,10 @@ class SubmitConfig:
     """A name of your choice makes the call repeatable: the same name again follows the job instead of starting another.
     Without one the cluster picks a name."""
 
+    retries: int = 0
+    """How often a job whose driver dies is sent again (not one that ends with a mistake of yours, or as it was asked to).
+    A training run then has a name, so that it goes on where it was."""
+
     python: str = "python"
     """The interpreter on the cluster that has latentray's dependencies; in our images it is first on PATH."""
 
@@ -61,7 +65,11 @@ class SubmitConfig:
             )
         if not self.python.strip():
             raise ConfigError("No interpreter is named.", where="python", mend="Leave it out, or give python=<path>.")
-        for key in ("cpus", "gpus"):
+        if self.retries and not self.wait:
+            raise ConfigError(
+                "Who does not wait cannot try again.", where="retries", mend="Set wait=true, or retries=0."
+            )
+        for key in ("cpus", "gpus", "retries"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"{key} cannot be negative.", where=key, mend=f"Give {key}=0 or more.")
         if self.connect_timeout_s <= 0:

@@ -8,8 +8,10 @@ from typing import Any
 from latentray.config.autoencoder import AutoencoderConfig
 from latentray.config.cluster import ClusterConfig
 from latentray.config.denoiser import DenoiserConfig
-from latentray.config.feed import BucketsConfig, DamageConfig, FetchConfig, MixtureConfig, OrderConfig
+from latentray.config.faults import FaultsConfig
+from latentray.config.feed import CROPS, BucketsConfig, DamageConfig, FetchConfig, MixtureConfig, OrderConfig
 from latentray.config.objective import ObjectiveConfig
+from latentray.config.online import OnlineConfig
 from latentray.config.optimizer import OptimizerConfig
 from latentray.config.tracking import TrackingConfig
 from latentray.errors import ConfigError
@@ -17,7 +19,6 @@ from latentray.errors import ConfigError
 STAGES = ("autoencoder", "diffusion")
 PRECISIONS = ("fp32", "bf16", "autocast")
 LATENTS = ("mean", "draw")
-CROPS = ("centre", "random")
 RECONSTRUCTIONS = ("l1", "l2")
 LPIPS_NETS = ("vgg", "alex")
 
@@ -134,8 +135,16 @@ class DeepSpeedConfig:
 
 
 @dataclasses.dataclass(kw_only=True)
+class ResumeConfig:
+    """What a resumed run may change. World size and ZeRO stage always may; what is learnt, and from what, may not."""
+
+    allow: list[str] = dataclasses.field(default_factory=list)
+    """Settings that may differ from those the run began with: `optimizer.lr`, `objective`, or `data` for its inputs."""
+
+
+@dataclasses.dataclass(kw_only=True)
 class Train:
-    """Train an autoencoder on pictures, or a denoiser on latents."""
+    """Train an autoencoder on pictures, or a denoiser on latents: stored ones, or pictures encoded as it goes."""
 
     stage: StageConfig = dataclasses.field(default_factory=StageConfig)
     autoencoder: AutoencoderConfig = dataclasses.field(default_factory=AutoencoderConfig)
@@ -146,22 +155,25 @@ class Train:
     cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
     tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
     data: str | None = None
-    """Stage 1: the folder or URI that build_shards wrote (with train/ and validation/ below)."""
+    """Stage 1, and stage 2 with online.enabled: what build_shards wrote (with train/ and validation/ below)."""
     latents: str | None = None
     """Stage 2: the folder or URI that precompute_latents wrote (with train/ and validation/ below)."""
     autoencoder_from: str | None = None
     """Stage 2: the autoencoder's artifact; null takes the one the latents name. Its fingerprint must be the latents'."""
+    online: OnlineConfig = dataclasses.field(default_factory=OnlineConfig)
     mixture: MixtureConfig = dataclasses.field(default_factory=MixtureConfig)
     buckets: BucketsConfig = dataclasses.field(default_factory=BucketsConfig)
     order: OrderConfig = dataclasses.field(default_factory=OrderConfig)
     fetch: FetchConfig = dataclasses.field(default_factory=FetchConfig)
+    faults: FaultsConfig = dataclasses.field(default_factory=FaultsConfig)
+    resume: ResumeConfig = dataclasses.field(default_factory=ResumeConfig)
     damage: DamageConfig = dataclasses.field(default_factory=DamageConfig)
     run: str | None = None
     """The run's identity: the same id resumes. null makes a new one."""
     out: str | None = None
     """Where the run lies, a path or URI; null is runs/<run>."""
     size: int = 256
-    """Stage 1: pictures are resized and cut to this square."""
+    """Stage 1, and stage 2 online: pictures are resized and cut to this square."""
     crop: str = "centre"
     """Stage 1: where they are cut, centre or random."""
     flip: bool = True
@@ -206,6 +218,8 @@ class Train:
             )
         if self.crop not in CROPS:
             raise ConfigError(f"There is no crop {self.crop!r}.", where="crop", mend=f"Known: {', '.join(CROPS)}.")
+        if self.online.enabled:
+            self._check_online()
         if self.buckets.sizes:
             self._check_buckets()
         if self.order.streams and self.global_batch_size % self.order.streams:
@@ -233,12 +247,26 @@ class Train:
         if self.cluster.kind == "ray":
             self.require_divisible(self.cluster.workers)
 
-    def _check_buckets(self) -> None:
-        if self.stage.name != "autoencoder":
+    def _check_online(self) -> None:
+        if self.stage.name != "diffusion":
             raise ConfigError(
-                "Latents have the shapes they were computed in.", where="buckets.sizes", mend="Set it in stage 1 only."
+                "Stage 1 reads pictures by itself.", where="online.enabled", mend="Set it with stage=diffusion only."
             )
-        if self.buckets.step % self.autoencoder.downsampling:
+        if self.latents:
+            raise ConfigError(
+                "Stage 2 reads stored latents, or encodes pictures online.",
+                where="latents",
+                mend="Leave out latents=, or online.enabled=true.",
+            )
+
+    def _check_buckets(self) -> None:
+        if not self.reads_pictures:
+            raise ConfigError(
+                "Stored latents have the shapes they were computed in.",
+                where="buckets.sizes",
+                mend="Leave it out; stage 1 and online.enabled=true take it.",
+            )
+        if self.stage.name == "autoencoder" and self.buckets.step % self.autoencoder.downsampling:
             raise ConfigError(
                 f"Steps of {self.buckets.step} pixels do not divide by the autoencoder's {self.autoencoder.downsampling}.",
                 where="buckets.step",
@@ -258,14 +286,24 @@ class Train:
                 where="global_batch_size",
                 mend=f"Use a number of workers among {', '.join(divisors)}, or another global_batch_size.",
             )
+        if self.buckets.sizes:
+            self.require_buckets_divisible(world)
+
+    def require_buckets_divisible(self, world: int) -> None:
+        """Raise ConfigError unless `world` workers, in equal micro-batches, divide the batches of every bucket."""
         accumulation = self._share(world) // self._micro(world)
-        if self.buckets.sizes and self.buckets.multiple % (world * accumulation):
+        if self.buckets.multiple % (world * accumulation):
             raise ConfigError(
                 f"{world} workers in {accumulation} micro-batches do not divide batches that are multiples of "
                 f"{self.buckets.multiple}.",
                 where="buckets.multiple",
                 mend=f"Make it a multiple of {world * accumulation}.",
             )
+
+    @property
+    def reads_pictures(self) -> bool:
+        """Whether the run's data sets are of pictures, not of latents."""
+        return self.stage.name == "autoencoder" or self.online.enabled
 
     @property
     def steps(self) -> int:

@@ -20,14 +20,12 @@ from typing import Any
 
 import tenacity
 
-from latentray.checkpoint import store
+from latentray.data import ranges
 from latentray.records import Traffic
 
 BLOCK_BYTES = 1 << 20
 _EVICT_EVERY = 64
 """Blocks written between two looks at the cache's size."""
-_FETCHES = 61
-"""Shards that are fetched from at a time."""
 _EVICT_TO = 0.9
 """Share of the capacity that an eviction leaves."""
 
@@ -50,12 +48,13 @@ class BlockCache:
         capacity_bytes: int,
         budget_s: float = 120.0,
         block_bytes: int = BLOCK_BYTES,
-        read: Read = store.read_range,
+        read: Read = ranges.read_range,
     ) -> None:
         self.folder, self.capacity, self.budget_s, self.block = folder, capacity_bytes, budget_s, block_bytes
         self._read = read
         self._lock = threading.Lock()
-        self._fetching = [threading.Lock() for _ in range(_FETCHES)]
+        self._fetching: set[tuple[str, int]] = set()
+        self._fetched = threading.Condition()
         self._traffic = Traffic()
         self._written = 0
         self._given_up: OSError | None = None
@@ -72,7 +71,7 @@ class BlockCache:
         wanted = range(offset // self.block, (end - 1) // self.block + 1)
         blocks = {number: self._cached(uri, number) for number in wanted}
         if None in blocks.values():
-            with self._fetching[hash(uri) % len(self._fetching)]:  # who waited for another thread finds it there
+            with self._alone(uri, [number for number, data in blocks.items() if data is None]):
                 blocks = {number: data or self._cached(uri, number) for number, data in blocks.items()}
                 for run in _runs([number for number, data in blocks.items() if data is None]):
                     blocks |= self._fetch(uri, size, run)
@@ -115,6 +114,20 @@ class BlockCache:
         with self._lock:
             self._traffic.cached_bytes += len(data)
         return data
+
+    @contextlib.contextmanager
+    def _alone(self, uri: str, numbers: list[int]) -> Iterator[None]:
+        """No other thread fetches these blocks meanwhile; who waited for one that did finds them in the folder."""
+        wanted = {(uri, number) for number in numbers}
+        with self._fetched:
+            self._fetched.wait_for(lambda: not wanted & self._fetching)
+            self._fetching |= wanted
+        try:
+            yield
+        finally:
+            with self._fetched:
+                self._fetching -= wanted
+                self._fetched.notify_all()
 
     def _fetch(self, uri: str, size: int, run: range) -> dict[int, bytes | None]:
         start = run.start * self.block

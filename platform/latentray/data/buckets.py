@@ -1,14 +1,16 @@
 """Aspect-ratio buckets: pictures of like shape share a batch, so that little is cut (NovelAI 2022; SDXL, section 2.3).
 
 A bucket is a shape and the size of its global batch. A sample's bucket follows from the width and height in the index:
-no picture is opened, and nothing is scanned.
+no picture is opened, and nothing is scanned. Pictures are cut to the shape that fits them best (`assign`); stored latents
+have one already (`exact`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,9 @@ import numpy.typing as npt
 from latentray.data.index import Index
 from latentray.data.lines import Ints
 from latentray.errors import ConfigError, DataError
+
+_MOST = 256
+"""A bucket's number is a byte."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,22 +67,42 @@ def table(
     for size in sizes:
         if size % step:
             raise ConfigError(f"{size} is no multiple of {step}.", where="buckets.sizes", mend="Change one of them.")
-        for height, width in shapes(size, step=step, max_aspect=max_aspect):
-            batch = pixel_budget // (height * width) // multiple * multiple
-            if batch < 1:
-                raise ConfigError(
-                    f"{pixel_budget} pixels hold fewer than {multiple} pictures of {width}x{height}.",
-                    where="buckets.pixel_budget",
-                    mend=f"Set it to {multiple * height * width} or more.",
-                )
-            made.append(Bucket(size=size, height=height, width=width, batch=batch))
-    if len(made) > 256:
+        made += [
+            _bucket(size, shape, pixel_budget, multiple) for shape in shapes(size, step=step, max_aspect=max_aspect)
+        ]
+    return _few(made)
+
+
+def table_of(shapes: Sequence[tuple[int, int]], *, pixel_budget: int, multiple: int) -> tuple[Bucket, ...]:
+    """Buckets of given shapes, (height, width): those of stored latents. Otherwise as `table`."""
+    sides = [math.isqrt(height * width - 1) + 1 for height, width in shapes]
+    return _few([_bucket(side, shape, pixel_budget, multiple) for side, shape in zip(sides, shapes, strict=True)])
+
+
+def _bucket(size: int, shape: tuple[int, int], pixel_budget: int, multiple: int) -> Bucket:
+    height, width = shape
+    batch = pixel_budget // (height * width) // multiple * multiple
+    if batch < 1:
         raise ConfigError(
-            f"{len(made)} buckets are more than 256.",
+            f"{pixel_budget} pixels, the most in a global batch, hold fewer than {multiple} pictures of {width}x{height}.",
+            where="buckets.multiple",
+            mend="Lower it, or raise global_batch_size.",
+        )
+    return Bucket(size=size, height=height, width=width, batch=batch)
+
+
+def _few(made: Sequence[Bucket]) -> tuple[Bucket, ...]:
+    if len(made) > _MOST:
+        raise ConfigError(
+            f"{len(made)} buckets are more than {_MOST}.",
             where="buckets.step",
             mend="Raise buckets.step or name fewer sizes.",
         )
     return tuple(made)
+
+
+Placing = Callable[[npt.ArrayLike, npt.ArrayLike, Sequence[Bucket]], npt.NDArray[np.uint8]]
+"""Widths and heights, (N,) each -> the number of each sample's bucket, (N,)."""
 
 
 def assign(width_N: npt.ArrayLike, height_N: npt.ArrayLike, buckets: Sequence[Bucket]) -> npt.NDArray[np.uint8]:
@@ -100,10 +125,28 @@ def assign(width_N: npt.ArrayLike, height_N: npt.ArrayLike, buckets: Sequence[Bu
     return chosen
 
 
+def exact(width_N: npt.ArrayLike, height_N: npt.ArrayLike, buckets: Sequence[Bucket]) -> npt.NDArray[np.uint8]:
+    """The bucket of each sample, (N,): that of its very shape. Raises DataError for a shape that has none."""
+    width, height = np.asarray(width_N, np.int64), np.asarray(height_N, np.int64)
+    known = np.array([(one.height << 32) + one.width for one in buckets], np.int64)
+    order = np.argsort(known)
+    asked = (height << 32) + width
+    chosen = order[np.searchsorted(known[order], asked).clip(max=len(known) - 1)]
+    missing = np.flatnonzero(known[chosen] != asked)
+    if len(missing):
+        one = f"{width[missing[0]]}x{height[missing[0]]}"
+        raise DataError(
+            f"{len(missing)} latents have shapes that their store does not name, {one} among them.",
+            where="buckets of the store's manifest",
+            mend="Precompute the latents again.",
+        )
+    return chosen.astype(np.uint8)
+
+
 class Bucketed:
     """The samples of a data set, by bucket: what an Order reads along. Raises DataError for an index without sizes."""
 
-    def __init__(self, opened: Index, digest: str, buckets: Sequence[Bucket]):
+    def __init__(self, opened: Index, digest: str, buckets: Sequence[Bucket], placing: Placing = assign):
         self.buckets = tuple(buckets)
         self._digest = digest
         if not {"width", "height"} <= set(opened.table.column_names):
@@ -112,7 +155,7 @@ class Bucketed:
                 where=str(opened.path),
                 mend="Build the data set again.",
             )
-        self._bucket = assign(opened.numbers("width"), opened.numbers("height"), self.buckets)
+        self._bucket = placing(opened.numbers("width"), opened.numbers("height"), self.buckets)
         self._first = opened.first
         shard = np.repeat(np.arange(len(opened.shards)), np.diff(opened.first))
         counts = np.bincount(shard * len(self.buckets) + self._bucket, minlength=len(opened.shards) * len(self.buckets))

@@ -166,6 +166,14 @@ def window(times_T: np.ndarray, *, frames: int, fps: float, u: float = 0.0, wher
     return np.searchsorted(middles, wanted - _EPSILON, side="left")
 
 
+def too_short(frames_N: np.ndarray, fps_N: np.ndarray, *, frames: int, fps: float | None) -> np.ndarray:
+    """Which clips of so many frames, at constant rates, `window` would refuse, bool (N,); fps None is each one's own."""
+    rates = np.asarray(fps_N, np.float64)
+    wanted = rates if fps is None else np.full_like(rates, fps)
+    half = np.where(frames_N > 1, 0.5, 0.0)
+    return (frames_N - 1 + half) / rates + _EPSILON < (frames - 1) / wanted
+
+
 class StoredFrames:
     """Frames that were stored as a tensor, at a constant rate."""
 
@@ -353,7 +361,7 @@ _FAULTS: dict[str, Callable[[bytes], str | None]] = {"mov": _mov_fault, "matrosk
 
 def _upright(frame: Any) -> np.ndarray:
     """A decoded frame as uint8 (H, W, 3), turned as its display matrix says, by quarters and mirrored."""
-    pixels_HWC = frame.to_ndarray(format="rgb24")
+    pixels_HWC = frame.to_ndarray(format="rgb24", threads=1)  # threads that a forked child has not got would hang it
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return pixels_HWC

@@ -23,7 +23,7 @@ from latentray.errors import ConfigError, DataError, SampleRejected
 
 EPISODE_MEMBER = "episode.safetensors"
 ACTIONS = "actions"
-_OBS = "obs."
+OBS = "obs."
 _OBS_DTYPES = ("float32", "uint8")
 _NOISE = 1e-6
 """A range this small, relative to its values, is rounding: stretching it to [-1, 1] would show noise to the network."""
@@ -65,7 +65,7 @@ def check(tensors: Mapping[str, Any], *, meta: Mapping[str, Any] | None = None, 
     Raises SampleRejected with reason `tensors` (no actions, or a name that is neither them nor `obs.<name>`), `dtype`,
     `shape` (actions that are not (T, A), no step), `length` (unequal T) or `not_finite`.
     """
-    strange = [name for name in tensors if name != ACTIONS and not name.startswith(_OBS)]
+    strange = [name for name in tensors if name != ACTIONS and not name.startswith(OBS)]
     if ACTIONS not in tensors or strange:
         raise SampleRejected(
             "tensors", f"An episode holds `actions` and `obs.<name>`; this one: {', '.join(tensors)}.", where=where
@@ -87,7 +87,7 @@ def check(tensors: Mapping[str, Any], *, meta: Mapping[str, Any] | None = None, 
         if array.dtype == np.float32 and not np.isfinite(array).all():
             step = int(np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))[0])
             raise SampleRejected("not_finite", f"{name} is not finite at step {step}.", where=where)
-    obs = {name.removeprefix(_OBS): array for name, array in arrays.items()}
+    obs = {name.removeprefix(OBS): array for name, array in arrays.items()}
     return Episode(actions_TA=actions, obs=obs, meta=dict(meta or {}))
 
 
@@ -98,7 +98,7 @@ def episode_sample(
 
     Its column of the index is `steps`: `length` is the index's own, of bytes.
     """
-    arrays = {ACTIONS: actions_TA} | {f"{_OBS}{name}": array for name, array in obs.items()}
+    arrays = {ACTIONS: actions_TA} | {f"{OBS}{name}": array for name, array in obs.items()}
     steps = check(arrays, where=key).steps
     data = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
     digest = hashlib.sha256(data)
@@ -266,7 +266,7 @@ def ranges(episodes: Iterable[Episode]) -> dict[str, Range]:
         found = {ACTIONS: Range.of(episode.actions_TA)}
         for name, values in episode.obs.items():
             if values.ndim == 2 and values.dtype == np.float32:
-                found[f"{_OBS}{name}"] = Range.of(values)
+                found[f"{OBS}{name}"] = Range.of(values)
         shapes = {name: one.low.shape for name, one in found.items()}
         if total and shapes != {name: one.low.shape for name, one in total.items()}:
             raise DataError(

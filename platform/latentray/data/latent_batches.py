@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from latentray.data.latent_reader import LatentReader, Rows
 from latentray.data.latents import CONDITIONS
 from latentray.data.pipeline import OrderedSource, Part, Sample, common, parts_of, places, usable
+from latentray.data.read_ahead import ahead
 from latentray.data.shards import IndexedShards
 from latentray.errors import DataError
 from latentray.randomness import Purpose, keys_of, uniform
@@ -24,7 +25,7 @@ def latent_batches(source: OrderedSource, *, encoder: str | None = None, workers
     """One LatentBatch per step of the source, with its rank's slice; text in the type it is stored in.
 
     Of a sample's captions one is drawn. Local shards are read by a LatentReader, a batch at a time; remote ones stream
-    through the WebDataset pipeline.
+    through the WebDataset pipeline. Without loader processes a thread of this one reads a batch ahead.
 
     Args:
         encoder: name of the text encoder, where the latents hold more than one.
@@ -35,12 +36,10 @@ def latent_batches(source: OrderedSource, *, encoder: str | None = None, workers
     sets, order = source.sets, source.order
     batch_of = functools.partial(_batch, Template(sets), _Sizes(sets), encoder=encoder, seed=order.seed)
     if source.is_local:
-        reader = LatentReader(sets, skip_damaged=source.skip_damaged)
-        for _, step in source.parts(0, 1):
-            rows, found = reader.read(step.ids)
-            yield batch_of(rows, common([{"ids": step.ids, "damaged": found, "traffic": Traffic()}]))
+        yield from ahead(_read(source, batch_of))
         return
-    for parts in parts_of(source, _part, workers):
+    parts_of_steps = parts_of(source, _part, workers)
+    for parts in parts_of_steps if workers else ahead(parts_of_steps):
         first, rows = 0, []
         for part in parts:
             rows += [
@@ -49,6 +48,15 @@ def latent_batches(source: OrderedSource, *, encoder: str | None = None, workers
             ]
             first += len(part["ids"])
         yield batch_of(rows, common(parts))
+
+
+def _read(
+    source: OrderedSource, batch_of: Callable[[list[Rows], dict[str, Any]], LatentBatch]
+) -> Iterator[LatentBatch]:
+    reader = LatentReader(source.sets, skip_damaged=source.skip_damaged)
+    for _, step in source.parts(0, 1):
+        rows, found = reader.read(step.ids)
+        yield batch_of(rows, common([{"ids": step.ids, "damaged": found, "traffic": Traffic()}]))
 
 
 class _Sizes:
@@ -81,7 +89,7 @@ def _batch(
     if len(drawn) == 1 and drawn[0].places == list(range(len(ids))):
         tensors = drawn[0].tensors
     else:
-        whole = drawn[0] if drawn else Rows(places=[0], tensors=_drawn(template.rows(), ids[:1], encoder, seed))
+        whole = drawn[0] if drawn else Rows(places=[0], tensors=_drawn(template.like(ids[0]), ids[:1], encoder, seed))
         tensors = {name: t[:1].repeat(len(ids), *[1] * (t.ndim - 1)) for name, t in whole.tensors.items()}
         for one in drawn:
             for name, values in one.tensors.items():
@@ -111,20 +119,29 @@ def _drawn(rows: Rows, ids: list[SampleId], encoder: str | None, seed: int) -> d
 
 
 class Template:
-    """A sample that can be read: its shapes are every sample's. Only looked for where a whole slice is damaged."""
+    """Samples that can be read, of a shape that is asked for. Only looked for where a whole slice is damaged."""
 
     def __init__(self, sets: Sequence[IndexedShards]) -> None:
         self.sets = sets
 
-    def rows(self) -> Rows:
-        """Raises DataError where there is none."""
+    def like(self, one: SampleId) -> Rows:
+        """A whole sample of one's own height and width. Raises DataError where there is none."""
+        reader = LatentReader(self.sets, skip_damaged=True)
         for number, shards in enumerate(self.sets):
-            reader = LatentReader(self.sets, skip_damaged=True)
-            for x in range(shards.count):
+            for x in np.flatnonzero(self._alike(shards, one)).tolist():
                 rows, _ = reader.read([SampleId(epoch=0, dataset=number, index=x)])
                 if rows:
                     return rows[0]
         raise DataError("No sample of the data set can be read.", where=self.sets[0].uri, mend="Restore its shards.")
+
+    def _alike(self, shards: IndexedShards, one: SampleId) -> np.ndarray:
+        """(samples,): which are as high and wide as one; all of them where an index does not say it."""
+        alike = np.ones(shards.count, bool)
+        of = self.sets[one.dataset]
+        for name in ("height", "width"):
+            if name in shards.columns and name in of.columns:
+                alike &= shards.index.numbers(name) == of.index.numbers(name)[one.index]
+        return alike
 
 
 def _part(samples: list[Sample]) -> Part:

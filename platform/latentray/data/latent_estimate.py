@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,12 +16,14 @@ from latentray.data.latent_plan import Part
 from latentray.data.latent_shards import record_bytes
 from latentray.reporting.progress import duration
 
-_BATCHES = 3
+_BATCHES, _MOST_BATCHES = 3, 8
+"""Parts that are measured: where all are of one shape, and where there are many."""
+_UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One record's share of a few batches; a record at every size counts as one."""
+    """One unit's share of a few batches; its records in several stores count as one."""
 
     decode_seconds: float
     """Of one core: read, check, decode, cut."""
@@ -59,13 +62,34 @@ class Estimate:
         """For a reader."""
         verdict = "storing latents is cheaper" if self.storing_is_cheaper else "encoding as stage 2 goes is cheaper"
         return [
-            f"{self.samples:,} samples give {self.records:,} records, {self.bytes / 1e9:,.2f} GB; "
+            f"{self.samples:,} samples give {self.records:,} records, {in_bytes(self.bytes)}; "
             f"{self.copied:,} of them are copied from older latents.",
-            f"{duration(self.hours * 3600)} with {self.encoders} encoders, which {self.decode_cores:.1f} cores keep busy; "
-            f"cost {self.cost:,.2f}.",
-            f"Encoding as stage 2 goes: {self.online_hours:,.2f} encoder hours, cost {self.online_cost:,.2f}.",
-            f"From {self.break_even_epochs:.1f} epochs on storing pays: here, {verdict}.",
+            f"Once started {in_time(self.hours * 3600)} with {self.encoders} encoders, "
+            f"which {figure(self.decode_cores)} cores keep busy; cost {figure(self.cost)}.",
+            f"Encoding as stage 2 goes: {in_time(self.online_hours * 3600)} of one encoder, cost {figure(self.online_cost)}.",
+            f"From {figure(self.break_even_epochs)} epochs on storing pays: here, {verdict}.",
         ]
+
+
+def in_bytes(count: float) -> str:
+    """Bytes for a reader: `512 bytes`, `1.40 MB`, `23.4 TB`."""
+    power = 0
+    while round(count) >= 1000 and power < len(_UNITS) - 1:
+        count, power = count / 1000, power + 1
+    return f"{figure(count)} {_UNITS[power]}" if power else f"{count:.0f} bytes"
+
+
+def in_time(seconds: float) -> str:
+    """As `duration`, but for less than a second too: `40 ms`."""
+    return f"{figure(seconds * 1000)} ms" if 0 < seconds < 0.95 else duration(seconds)
+
+
+def figure(value: float) -> str:
+    """Three digits at least, whatever the size: `0`, `0.00123`, `4.50`, `12,345`."""
+    if value == 0:
+        return "0"
+    digits = max(2 - math.floor(math.log10(abs(value))), 0)
+    return f"{value:,.{digits}f}"
 
 
 def estimate(
@@ -111,8 +135,11 @@ def estimate(
 
 
 def measure(job: Job, parts: Sequence[Part]) -> Measured:
-    """Read and encode a few parts, spread over the data, in this process. The first is not timed: it warms up."""
-    chosen = [parts[i] for i in np.unique(np.linspace(0, len(parts) - 1, _BATCHES + 1).round().astype(int))]
+    """Read and encode a few parts, spread over shapes and data, in this process. The first is not timed: it warms up."""
+    several = len({part.bucket for part in parts})
+    ordered = sorted(parts, key=lambda part: part.bucket)  # evenly spaced ones then meet each shape by its share
+    wanted = min(_BATCHES + several - 1, _MOST_BATCHES)
+    chosen = [ordered[i] for i in np.unique(np.linspace(0, len(parts) - 1, wanted + 1).round().astype(int))]
     encoder = Encoder(job)
     encoder.encode(read_part(job, chosen[0]))
     reading = encoding = size = 0.0

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 from typing import Any
@@ -18,19 +17,20 @@ import safetensors.torch
 import torch
 
 from latentray.checkpoint import store
-from latentray.data import decode, latents, members, shards
-from latentray.data.latent_plan import VARIANTS, Part, Square, squares
+from latentray.data import latent_sources, latents, shards
+from latentray.data.kinds import CLIPS, PICTURES
+from latentray.data.latent_plan import VARIANTS, Cut, Part, Shape
+from latentray.data.latent_sources import Source, Window
 from latentray.errors import DataError, DigestMismatch, LatentrayError, SampleRejected, UnsafeMember
-from latentray.records import LATENT_MEMBER, PICTURE_SUFFIXES, Damaged
+from latentray.records import LATENT_MEMBER, Damaged
 
-_JPEG = b"\xff\xd8\xff"
 FROM_PIXELS, FROM_LATENTS, FROM_RECORD = "pixels", "latents", "record"
 """How a unit comes about: encoded; its latents copied and its captions embedded, for they changed; copied as it is."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SplitJob:
-    """One split of a data set, and the stores it becomes: one for each size."""
+    """One split of a data set, and the stores it becomes: one for each size of squares, or one of all buckets."""
 
     data: str
     data_digest: str
@@ -52,14 +52,44 @@ class Job:
     """Of all splits."""
     autoencoder: str
     texts: tuple[latents.TextSource, ...]
-    sizes: tuple[int, ...]
+    shapes: tuple[tuple[Shape, ...], ...]
+    """Of each bucket, what a unit is cut to for each store; there is one bucket where there are only squares."""
+    window: Window | None
+    """Of clips; None for pictures."""
     variants: tuple[int, ...]
     batch_size: int
+    """Pictures or frames that are encoded together."""
     latent_dtype: str
     text_dtype: str
     max_pixels: int
     skip_damaged: bool
     device: str
+
+    @property
+    def kind(self) -> str:
+        """Of the data set."""
+        return CLIPS if self.window else PICTURES
+
+    @property
+    def frames(self) -> int:
+        """Pictures that a unit is at each shape."""
+        return self.window.frames if self.window else 1
+
+    @property
+    def units_per_part(self) -> int:
+        """So many units fill a batch, or one unit several."""
+        return max(self.batch_size // self.frames, 1)
+
+    @property
+    def stores(self) -> int:
+        """Stores of each split."""
+        return len(self.shapes[0])
+
+    @property
+    def part_bytes(self) -> int:
+        """Of a full part's pixels, where they are most."""
+        most = max(sum(3 * height * width for height, width in of_bucket) for of_bucket in self.shapes)
+        return most * self.units_per_part * self.frames
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,19 +111,8 @@ class Parcel:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Source:
-    """A sample of the data set, its picture not yet decoded."""
-
-    key: str
-    picture: bytes
-    digest: bytes
-    """sha256 of the picture's file."""
-    captions: list[str]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Unit:
-    """What the first stage made of a unit: its `.json` at each size, and its pixels or what was copied."""
+    """What the first stage made of a unit: its `.json` for each store, and its pixels or what was copied."""
 
     how: str
     shown: list[dict[str, Any]]
@@ -102,35 +121,39 @@ class _Unit:
 
 
 def read_part(job: Job, part: Part) -> Parcel:
-    """Read a part's samples: `pixels.<size>` uint8 (units to be encoded, size, size, 3), `kept.<unit>.<size>...` of others.
+    """Read a part's samples: `pixels.<store>` uint8 (units to be encoded, H, W, 3) or (..., T, H, W, 3); of other units
+    `kept.<unit>.<store>...`.
 
     A unit that an older store holds is not decoded; where its captions are the same, its record passes as it is. Raises
-    DataError or DigestMismatch for a picture that cannot be used, unless `skip_damaged` lists it as rejected.
+    DataError or DigestMismatch for a sample that cannot be used, unless `skip_damaged` lists it as rejected.
     """
     split = job.splits[part.split]
     source = _opened(split.data, "dataset", split.data_digest)
-    older = part.older if len(part.older) else np.full((len(part.units), len(job.sizes)), -1)
+    source.load_all(np.unique(part.units // VARIANTS).tolist())
+    for uri, rows in zip(split.older, part.older.T.tolist(), strict=False):
+        shards_of(uri).load_all(rows)
+    older = part.older if len(part.older) else np.full((len(part.units), job.stores), -1)
     units: list[dict[str, Any]] = []
-    pixels: dict[int, list[np.ndarray]] = {size: [] for size in job.sizes}
+    pixels: dict[int, list[np.ndarray]] = {number: [] for number in range(job.stores)}
     kept: dict[str, torch.Tensor] = {}
     rejected: list[dict[str, str]] = []
     pairs = zip(part.units.tolist(), older.tolist(), strict=True)
     for row, group in itertools.groupby(pairs, lambda pair: pair[0] // VARIANTS):
         wanted = {unit % VARIANTS: records for unit, records in group}
         try:
-            sample = _read(source, row)
-            made = _made(job, split, sample, wanted)
+            sample = latent_sources.read(source, row, job.kind)
+            made = _made(job, split, sample, wanted, job.shapes[part.bucket])
         except LatentrayError as error:
             rejected.append(dataclasses.asdict(rejection(error, source, row, skip=job.skip_damaged)))
             continue
         for variant, one in made.items():
-            for size, square in zip(job.sizes, one.pixels, strict=False):
-                pixels[size].append(square)
+            for number, cut in enumerate(one.pixels):
+                pixels[number].append(cut)
             kept |= {f"kept.{len(units)}.{name}": tensor for name, tensor in one.copied.items()}
             about = {"unit": row * VARIANTS + variant, "key": f"{sample.key}_{variant}", "sha256": sample.digest.hex()}
             units.append(about | {"from": one.how, "json": one.shown})
-    arrays = {f"pixels.{size}": torch.from_numpy(np.stack(some)) for size, some in pixels.items() if some}
-    place = {"split": part.split, "shard": part.shard, "number": part.number}
+    arrays = {f"pixels.{number}": torch.from_numpy(np.stack(some)) for number, some in pixels.items() if some}
+    place = {"split": part.split, "shard": part.shard, "number": part.number, "bucket": part.bucket}
     return Parcel(about=place | {"units": units, "rejected": rejected}, tensors=arrays | kept)
 
 
@@ -142,7 +165,7 @@ def rejection(error: LatentrayError, source: shards.IndexedShards, row: int, *, 
         raise error
     if not skip:
         raise DataError(
-            f"The picture {source.key(row)!r} cannot be used: {error.what}",
+            f"The sample {source.key(row)!r} cannot be used: {error.what}",
             where=store.join(source.uri, source.locate(row)[0].name),
             mend="Build the data set again without it, or set damage.policy=skip.",
         )
@@ -159,72 +182,35 @@ def _opened(uri: str, kind: str, digest: str) -> shards.IndexedShards:
     return opened
 
 
-def _read(source: shards.IndexedShards, row: int) -> _Source:
-    raw = source.read(row)
-    pictures = {name: data for name, data in raw.items() if name.lower() in PICTURE_SUFFIXES}
-    picture: bytes = members.picture_of(pictures | {"__key__": raw["__key__"], "__url__": raw["__url__"]})
-    captions = members.captions_of(members.decode_sample(only_texts(raw)))
-    return _Source(key=raw["__key__"], picture=picture, digest=hashlib.sha256(picture).digest(), captions=captions)
-
-
-def only_texts(sample: dict[str, Any]) -> dict[str, Any]:
-    """A raw sample without its picture."""
-    return {name: value for name, value in sample.items() if name.startswith("__") or name in ("txt", "json")}
-
-
-def _made(job: Job, split: SplitJob, sample: _Source, wanted: dict[int, list[int]]) -> dict[int, _Unit]:
+def _made(
+    job: Job, split: SplitJob, sample: Source, wanted: dict[int, list[int]], shapes: tuple[Shape, ...]
+) -> dict[int, _Unit]:
     """The wanted variants of a sample, each copied where its rows in the older stores are given, else cut."""
     copies = {v: _copied(split, sample, records) for v, records in wanted.items() if min(records) >= 0}
     missing = [variant for variant in wanted if copies.get(variant) is None]
-    cuts = _cut(job, sample, missing) if missing else {}
+    cuts: dict[int, _Unit] = {}
+    if missing:
+        made = latent_sources.CUT[job.kind](sample, shapes, missing, max_pixels=job.max_pixels, window=job.window)
+        for variant, several in made.items():
+            shown = [_shown(sample, variant, one, job.window) for one in several]
+            cuts[variant] = _Unit(how=FROM_PIXELS, pixels=[one.pixels for one in several], shown=shown)
     return {variant: copies.get(variant) or cuts[variant] for variant in wanted}
 
 
-def _cut(job: Job, sample: _Source, variants: list[int]) -> dict[int, _Unit]:
-    """Decode a picture, and cut its variants at every size."""
-    pixels, original = _decoded(job, sample)
-    by_size = [squares(pixels[size], original, size, variants, sample.digest) for size in job.sizes]
-    return {
-        variant: _Unit(
-            how=FROM_PIXELS,
-            pixels=[of_size[i].pixels for of_size in by_size],
-            shown=[_shown(sample, variant, of_size[i]) for of_size in by_size],
-        )
-        for i, variant in enumerate(variants)
-    }
-
-
-def _decoded(job: Job, sample: _Source) -> tuple[dict[int, np.ndarray], tuple[int, int]]:
-    """The picture for each size, and its (height, width) in the file.
-
-    What a size gets does not depend on the others; a JPEG is decoded again only where a smaller scale covers the size.
-    """
-
-    def at_least(size: int) -> tuple[np.ndarray, tuple[int, int]]:
-        return decode.decode_at_least(sample.picture, size, size, max_pixels=job.max_pixels, where=sample.key)
-
-    largest = max(job.sizes)
-    pixels, original = at_least(largest)
-    found = {largest: pixels}
-    for size in job.sizes:
-        smaller = sample.picture.startswith(_JPEG) and min(original) // size > min(original) // largest
-        found.setdefault(size, at_least(size)[0] if smaller and min(original) >= 2 * size else pixels)
-    return found, original
-
-
-def _shown(sample: _Source, variant: int, square: Square) -> dict[str, Any]:
+def _shown(sample: Source, variant: int, cut: Cut, window: Window | None) -> dict[str, Any]:
     """The `.json` of a record."""
-    return {
+    told: dict[str, Any] = {
         "captions": sample.captions,
         "source": sample.key,
         "source_sha256": sample.digest.hex(),
-        **{name: list(pair) for name, pair in dataclasses.asdict(square.conditioning).items()},
+        **{name: list(pair) for name, pair in dataclasses.asdict(cut.conditioning).items()},
         "flip": bool(variant % 2),
     }
+    return told | (dataclasses.asdict(window) | {"begin": cut.begin} if window else {})
 
 
-def _copied(split: SplitJob, sample: _Source, rows: list[int]) -> _Unit | None:
-    """A unit from the older stores; None where a record there is damaged, or is of another picture than its index says."""
+def _copied(split: SplitJob, sample: Source, rows: list[int]) -> _Unit | None:
+    """A unit from the older stores; None where a record there is damaged, or is of another file than its index says."""
     shown: list[dict[str, Any]] = []
     records: list[bytes] = []
     same = True

@@ -10,14 +10,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 import google_crc32c
 import numpy as np
 import torch
 
 from latentray.data.damage import DAMAGED, damaged
-from latentray.data.index import Range
 from latentray.data.shards import IndexedShards
 from latentray.errors import DataError, LatentrayError
 from latentray.records import LATENT_MEMBER, Damaged, SampleId
@@ -65,6 +65,47 @@ class _Form:
         return self.begin + len(self.head)
 
 
+class _Pool:
+    """Buffers of this process, each used again when nothing refers to it.
+
+    Memory that is new to a process costs several times the reading into it: the system clears each page, and on a virtual
+    machine may have to ask its host for it. So buffers outlive their reader; those too small for the latest batch go.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: list[np.ndarray] = []
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> np.ndarray:
+        """uint8 (size,), of any content."""
+        with self._lock:
+            for buffer in self._buffers:
+                if len(buffer) >= size and sys.getrefcount(buffer) <= _UNUSED:
+                    return buffer[:size]
+            self._buffers = [one for one in self._buffers if sys.getrefcount(one) > _UNUSED]
+            self._buffers.append(np.empty(size + size // 8, np.uint8))
+            return self._buffers[-1][:size]
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+
+_POOL = _Pool()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Ranges:
+    """Byte ranges of one length, by column."""
+
+    length: int
+    places: list[int]
+    """In what was asked for."""
+    datasets: list[int]
+    shards: list[int]
+    offsets: list[int]
+    crc32c: np.ndarray
+
+
 class LatentReader:
     """Reads records of data sets; one object serves one thread.
 
@@ -73,75 +114,89 @@ class LatentReader:
 
     def __init__(self, sets: Sequence[IndexedShards], *, skip_damaged: bool = False) -> None:
         self.sets, self.skip_damaged = tuple(sets), skip_damaged
+        self._columns = [[one.index.numbers(name) for name in ("offset", "length", "crc32c")] for one in sets]
         self._layouts: dict[bytes, dict[str, Field]] = {}
         self._forms: dict[int, _Form] = {}
-        self._buffers: list[np.ndarray] = []
 
     def read(self, ids: Sequence[SampleId]) -> tuple[list[Rows], list[Damaged | None]]:
         """The records of `ids`, by layout, and the damage of each id.
 
         Raises DigestMismatch or DataError for a damaged record, unless `skip_damaged`; UnsafeMember always.
         """
-        alike: dict[int, list[tuple[int, SampleId, Range]]] = {}
-        for number, shards in enumerate(self.sets):
-            mine = [(place, one) for place, one in enumerate(ids) if one.dataset == number]
-            for (place, one), where in zip(mine, shards.index.locate_all([i.index for _, i in mine]), strict=True):
-                alike.setdefault(where.length, []).append((place, one, where))
         rows: list[Rows] = []
-        single: list[tuple[int, SampleId]] = []
-        for length, some in alike.items():
-            together, odd = self._together(length, some)
+        single: list[int] = []
+        for alike in self._ranges(ids):
+            together, odd = self._together(alike)
             rows += together
             single += odd
-        careful, found = self._careful_rows(single, len(ids))
+        careful, found = self._careful_rows([(place, ids[place]) for place in single], len(ids))
         return rows + careful, found
 
-    def _together(
-        self, length: int, some: list[tuple[int, SampleId, Range]]
-    ) -> tuple[list[Rows], list[tuple[int, SampleId]]]:
-        """Ranges of one length as one Rows, and those that are damaged or look otherwise."""
-        form = self._form(length, some)
+    def _ranges(self, ids: Sequence[SampleId]) -> Iterator[_Ranges]:
+        """Where records are, those of equal length together."""
+        datasets = np.array([one.dataset for one in ids], np.int64)
+        xs = np.array([one.index for one in ids], np.int64)
+        shard, offset, length, crc32c = found = np.empty((4, len(ids)), np.int64)
+        for number, columns in enumerate(self._columns):
+            mine = datasets == number
+            at = xs[mine]
+            shard[mine] = np.searchsorted(self.sets[number].index.first, at, side="right") - 1
+            for values, column in zip(found[1:], columns, strict=True):
+                values[mine] = column[at]
+        for one in np.unique(length).tolist():
+            places = np.flatnonzero(length == one)
+            yield _Ranges(
+                length=one,
+                places=places.tolist(),
+                datasets=datasets[places].tolist(),
+                shards=shard[places].tolist(),
+                offsets=offset[places].tolist(),
+                crc32c=crc32c[places],
+            )
+
+    def _together(self, alike: _Ranges) -> tuple[list[Rows], list[int]]:
+        """Ranges of one length as one Rows, and the places of those that are damaged or look otherwise."""
+        form = self._form(alike)
         if form is None:
-            return [], [(place, one) for place, one, _ in some]
+            return [], alike.places
         shift = -form.payload % _ALIGN
-        stride = -(-(shift + length) // _ALIGN) * _ALIGN
-        block = self._buffer(len(some) * stride).reshape(len(some), stride)
-        flat = block.data.cast("B")
-        good = np.empty(len(some), bool)
-        for row, (_, one, where) in enumerate(some):
-            start = row * stride + shift
-            self.sets[one.dataset].read_into(flat[start : start + length], where)
-            good[row] = google_crc32c.value(block[row, shift : shift + length]) == where.crc32c
-        good &= (block[:, shift + form.begin : shift + form.payload] == form.head).all(axis=1)
-        payload = torch.from_numpy(block)[:, shift + form.payload :]
+        stride = -(-(shift + alike.length) // _ALIGN) * _ALIGN
+        count = len(alike.places)
+        block = _POOL.take(count * stride).reshape(count, stride)
+        stretches = block[:, shift : shift + alike.length]
+        sums = self._read_into(stretches, alike)
+        good = sums == alike.crc32c
+        good &= (stretches[:, form.begin : form.payload] == form.head).all(axis=1)
+        payload = torch.from_numpy(stretches)[:, form.payload :]
+        places, odd = alike.places, []
         if not good.all():
             payload = payload[torch.from_numpy(good)]
-        places = [place for (place, _, _), fine in zip(some, good.tolist(), strict=True) if fine]
-        odd = [(place, one) for (place, one, _), fine in zip(some, good.tolist(), strict=True) if not fine]
+            places = [place for place, fine in zip(alike.places, good.tolist(), strict=True) if fine]
+            odd = [place for place, fine in zip(alike.places, good.tolist(), strict=True) if not fine]
         return ([Rows(places=places, tensors=self._tensors(form.head[8:].tobytes(), payload))] if places else []), odd
 
-    def _form(self, length: int, some: list[tuple[int, SampleId, Range]]) -> _Form | None:
+    def _read_into(self, stretches: np.ndarray, alike: _Ranges) -> np.ndarray:
+        """Fill (n, length) and return the CRC-32C of each, taken while its bytes are in the processor's cache."""
+        sums = []
+        for stretch, dataset, shard, offset in zip(stretches, alike.datasets, alike.shards, alike.offsets, strict=True):
+            self.sets[dataset].read_into(stretch, shard, offset)
+            sums.append(google_crc32c.value(stretch))
+        return np.array(sums, np.int64)
+
+    def _form(self, alike: _Ranges) -> _Form | None:
         """How ranges of a length look, learnt from the first that can be read."""
+        length = alike.length
         if length not in self._forms:
-            for _, one, where in some:
-                data = bytearray(length)
-                self.sets[one.dataset].read_into(memoryview(data), where)
-                if google_crc32c.value(bytes(data)) == where.crc32c:
+            for row, crc32c in enumerate(alike.crc32c.tolist()):
+                read = np.zeros(length, np.uint8)
+                self.sets[alike.datasets[row]].read_into(read, alike.shards[row], alike.offsets[row])
+                data = read.tobytes()
+                if google_crc32c.value(data) == crc32c:
                     begin, end = _header(data)
                     if end:
-                        head = np.frombuffer(bytes(data[begin:end]), np.uint8)
-                        self._forms[length] = _Form(head=head, begin=begin)
+                        self._forms[length] = _Form(head=read[begin:end], begin=begin)
                     break
         return self._forms.get(length)
-
-    def _buffer(self, size: int) -> np.ndarray:
-        """An unused buffer of at least `size` bytes, cut to it."""
-        for buffer in self._buffers:
-            if len(buffer) >= size and sys.getrefcount(buffer) <= _UNUSED:
-                return buffer[:size]
-        self._buffers = [one for one in self._buffers if sys.getrefcount(one) > _UNUSED]
-        self._buffers.append(np.empty(size + size // 8, np.uint8))
-        return self._buffers[-1][:size]
 
     def _careful_rows(self, single: list[tuple[int, SampleId]], count: int) -> tuple[list[Rows], list[Damaged | None]]:
         """One by one, through the data set's own checks."""
@@ -189,14 +244,14 @@ class LatentReader:
         return found
 
 
-def _header(data: bytearray) -> tuple[int, int]:
+def _header(data: bytes) -> tuple[int, int]:
     """Where a latent's safetensors header, with its length, begins and ends in a sample's range; 0, 0 where there is none.
 
     Only what `shards.write_shard` writes is understood: plain files, of which all but the latent are JSON.
     """
     at = 0
     while at + _BLOCK < len(data):
-        size, name = int(bytes(data[at + 124 : at + 135]), 8), bytes(data[at : at + 100]).rstrip(b"\0")
+        size, name = int(data[at + 124 : at + 135], 8), data[at : at + 100].rstrip(b"\0")
         if data[at + 156] != ord("0") or not name.endswith((_SUFFIX, b".json")):
             return 0, 0
         begin = at + _BLOCK

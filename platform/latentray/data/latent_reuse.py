@@ -1,4 +1,4 @@
-"""Finding records in an older latent store by what they were made from: the picture's sha256 and the variant."""
+"""Finding records in an older latent store by what they were made from: the file's sha256, the variant and the shape."""
 
 from __future__ import annotations
 
@@ -24,17 +24,27 @@ class Held:
     digest: str
     """Of the store's manifest."""
     digests: Digests
-    """(records, 32): sha256 of each record's picture."""
+    """(records, 32): sha256 of each record's picture or clip."""
     variants: Ints
+    shapes: Ints
+    """(records, 2): height and width."""
     order: Ints
     words: npt.NDArray[np.uint64]
     """A word of each unit, ascending; `order` gives the records."""
 
     @classmethod
-    def of(cls, digests: Digests, variants: Ints, *, uri: str = "", digest: str = "") -> Held:
+    def of(cls, digests: Digests, variants: Ints, shapes: Ints, *, uri: str = "", digest: str = "") -> Held:
         words = _words(digests, variants)
         order = np.argsort(words, kind="stable")
-        return cls(uri=uri, digest=digest, digests=digests, variants=variants, order=order, words=words[order])
+        return cls(
+            uri=uri,
+            digest=digest,
+            digests=digests,
+            variants=variants,
+            shapes=shapes,
+            order=order,
+            words=words[order],
+        )
 
     @classmethod
     def open(cls, uri: str, key: str) -> Held:
@@ -50,9 +60,10 @@ class Held:
             )
         variants = opened.column("variant").to_numpy().astype(np.int64)
         digests = digests_of(opened, "source_sha256")
-        return cls.of(digests, variants, uri=opened.uri, digest=opened.manifest.digest)
+        shapes = np.stack([opened.index.numbers(name) for name in ("height", "width")], axis=1).astype(np.int64)
+        return cls.of(digests, variants, shapes, uri=opened.uri, digest=opened.manifest.digest)
 
-    def rows(self, digests: Digests, variants: Ints) -> Ints:
+    def rows(self, digests: Digests, variants: Ints, shapes: Ints) -> Ints:
         """The record of each unit asked for, -1 where there is none."""
         if not len(self.words):
             return np.full(len(digests), -1, np.int64)
@@ -60,13 +71,14 @@ class Held:
         at = np.minimum(np.searchsorted(self.words, asked), len(self.words) - 1)
         found = self.order[at]
         same = (self.digests[found] == digests).all(axis=1) & (self.variants[found] == variants)
+        same &= (self.shapes[found] == shapes).all(axis=1)
         return np.where(same, found, -1)
 
 
-def units_held(held: Held, digests: Digests, units: Ints) -> Ints:
-    """The record of each unit of a data set with these digests, -1 where there is none."""
+def units_held(held: Held, digests: Digests, units: Ints, shapes: Ints) -> Ints:
+    """The record of each unit of a data set with these digests, wanted at these shapes, -1 where there is none."""
     rows, variants = np.divmod(units, VARIANTS)
-    return held.rows(digests[rows], variants)
+    return held.rows(digests[rows], variants, shapes)
 
 
 def digests_of(opened: IndexedShards, column: str) -> Digests:

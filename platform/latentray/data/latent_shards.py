@@ -1,7 +1,8 @@
 """The last stages of encoding: an encoded part becomes a file of finished records, and a shard's parts become the shard.
 
-An output shard has its input's name. Its tars, one for each size, are uploaded first and their sidecars last: a sidecar is
-the commit of its shard, and holds its entry, its index rows and what was left out.
+An output shard has its input's name. In it records are sorted by bucket, so that a reader of one shape reads neighbours,
+then by unit. Its tars, one for each store, are uploaded first and their sidecars last: a sidecar is the commit of its shard,
+and holds its entry, its index rows and what was left out.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _ABOUT = b"latentray.part"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Committed:
-    """What a sidecar holds: a finished shard at one size."""
+    """What a sidecar holds: a finished shard of one store."""
 
     result: index.ShardResult | None
     """Its entry and index rows; None where every sample was rejected."""
@@ -58,7 +59,7 @@ def sidecar(split: SplitJob, out: str, name: str) -> str:
 
 
 def committed(split: SplitJob, name: str) -> bool:
-    """True where a shard is finished at every size."""
+    """True where a shard is finished in every store."""
     return all(store.exists(sidecar(split, out, name)) for out in split.outs)
 
 
@@ -88,9 +89,10 @@ def parts_there(split: SplitJob) -> dict[tuple[int, int], str]:
 
 
 def _schema(job: Job) -> pa.Schema:
-    columns = [("unit", pa.int64()), ("key", pa.large_string()), ("source_sha256", pa.binary(32))]
-    for size in job.sizes:
-        columns += [(f"record.{size}", pa.large_binary()), (f"json.{size}", pa.large_binary())]
+    columns = [("bucket", pa.int64()), ("unit", pa.int64()), ("key", pa.large_string())]
+    columns += [("source_sha256", pa.binary(32))]
+    for store_ in range(job.stores):
+        columns += [(f"record.{store_}", pa.large_binary()), (f"json.{store_}", pa.large_binary())]
     return pa.schema(columns)
 
 
@@ -98,19 +100,20 @@ def _records(job: Job, parcel: Parcel) -> Iterator[dict[str, Any]]:
     places = {caption: i for i, caption in enumerate(parcel.about["captions"])}
     encoded = 0
     for number, unit in enumerate(parcel.about["units"]):
-        row = {"unit": unit["unit"], "key": unit["key"], "source_sha256": bytes.fromhex(unit["sha256"])}
+        row = {"bucket": parcel.about["bucket"], "unit": unit["unit"], "key": unit["key"]}
+        row["source_sha256"] = bytes.fromhex(unit["sha256"])
         texts = _texts(parcel, [places[c] for c in unit["json"][0]["captions"]] if unit["from"] != FROM_RECORD else [])
-        for i, size in enumerate(job.sizes):
+        for i in range(job.stores):
             shown = json.dumps(unit["json"][i], sort_keys=True, ensure_ascii=False)
-            row[f"json.{size}"] = shown.encode(errors="surrogateescape")
+            row[f"json.{i}"] = shown.encode(errors="surrogateescape")
             if unit["from"] == FROM_RECORD:
-                row[f"record.{size}"] = parcel.tensors[f"kept.{number}.{i}"].numpy().tobytes()
+                row[f"record.{i}"] = parcel.tensors[f"kept.{number}.{i}"].numpy().tobytes()
                 continue
             if unit["from"] == FROM_LATENTS:
                 both = [parcel.tensors[f"kept.{number}.{i}.{name}"] for name in ("mean", "logvar")]
             else:
-                both = [parcel.tensors[f"{name}.{size}"][encoded] for name in ("mean", "logvar")]
-            row[f"record.{size}"] = latents.record(both[0], both[1], texts)[LATENT_MEMBER]
+                both = [parcel.tensors[f"{name}.{i}"][encoded] for name in ("mean", "logvar")]
+            row[f"record.{i}"] = latents.record(both[0], both[1], texts)[LATENT_MEMBER]
         encoded += unit["from"] == FROM_PIXELS
         yield row
 
@@ -121,13 +124,13 @@ def _texts(parcel: Parcel, rows: list[int]) -> dict[str, torch.Tensor]:
 
 def record_bytes(job: Job, parcel: Parcel) -> int:
     """What an encoded part takes in its shards, tar blocks and all."""
-    members = [f"{name}.{size}" for size in job.sizes for name in ("record", "json")]
+    members = [f"{name}.{i}" for i in range(job.stores) for name in ("record", "json")]
     lengths = (len(row[member]) for row in _records(job, parcel) for member in members)
     return sum(tarfile.BLOCKSIZE * (1 - -length // tarfile.BLOCKSIZE) for length in lengths)
 
 
 def assemble(job: Job, split_number: int, name: str, parts: Sequence[str]) -> None:
-    """Write a shard from its parts, at every size, and commit it.
+    """Write a shard from its parts, in every store, and commit it.
 
     Raises DigestMismatch where a part's file was damaged.
     """
@@ -143,10 +146,11 @@ def assemble(job: Job, split_number: int, name: str, parts: Sequence[str]) -> No
         rejected |= {
             one["key"]: one for one in about["rejected"]
         }  # a picture whose variants lie in two parts counts once
-    joined = pa.concat_tables([table.replace_schema_metadata(None) for table in tables]).sort_by("unit")
+    joined = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
+    joined = joined.sort_by([("bucket", "ascending"), ("unit", "ascending")])
     commits = []
-    for size, out in zip(job.sizes, split.outs, strict=True):
-        result = _write_shard(joined, size, store.join(out, name)) if len(joined) else None
+    for number, out in enumerate(split.outs):
+        result = _write_shard(joined, number, store.join(out, name)) if len(joined) else None
         commits.append(
             Committed(result=result, counts=dict(counts), rejected=[rejected[key] for key in sorted(rejected)])
         )
@@ -168,19 +172,21 @@ def _read_part(split: SplitJob, name: str) -> pa.Table:
     return pa.ipc.open_stream(data).read_all()
 
 
-def _write_shard(table: pa.Table, size: int, uri: str) -> index.ShardResult:
+def _write_shard(table: pa.Table, number: int, uri: str) -> index.ShardResult:
     with store.staging() as folder:
         path = folder / uri.rsplit("/", 1)[-1]
-        result = shards.write_shard(_samples(table, size), path)
+        result = shards.write_shard(_samples(table, number), path)
         store.upload(path, uri)
     return result
 
 
-def _samples(table: pa.Table, size: int) -> Iterator[shards.Sample]:
-    columns = ("unit", "key", "source_sha256", f"record.{size}", f"json.{size}")
+def _samples(table: pa.Table, number: int) -> Iterator[shards.Sample]:
+    columns = ("unit", "key", "source_sha256", f"record.{number}", f"json.{number}")
     for i in range(len(table)):
         unit, key, digest, record, shown = (table[name][i].as_py() for name in columns)
         told = json.loads(shown)
-        about = {"width": size, "height": size, "source_sha256": digest, "variant": unit % VARIANTS}
+        height, width = told["target_size"]
+        about = {"width": width, "height": height, "source_sha256": digest, "variant": unit % VARIANTS}
         about |= dict(zip(CONDITIONS, (*told["original_size"], *told["crop_top_left"]), strict=True))
+        about |= {name: told[name] for name in latents.OF_CLIPS if name in told}
         yield shards.Sample(key=key, members={LATENT_MEMBER: record, "json": shown}, columns=about)

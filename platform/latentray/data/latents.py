@@ -1,7 +1,7 @@
 """The latent store: what one holds, which autoencoder and text encoders it belongs to, and how a record is written.
 
-Artifact of kind `latents`: WebDataset shards with the input's names, `index.arrow` (with `source_sha256` and `variant` of
-each record), `rejected.jsonl`, and with text `empty_prompt.safetensors`.
+Artifact of kind `latents`: WebDataset shards with the input's names, `index.arrow` (with `source_sha256`, `variant`, and the
+`height` and `width` of what was encoded), `rejected.jsonl`, and with text `empty_prompt.safetensors`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ KIND = "latents"
 EMPTY_PROMPT = "empty_prompt.safetensors"
 CONDITIONS = ("original_height", "original_width", "crop_top", "crop_left")
 """Columns of the index, pixels: what SDXL is told of a picture beside `height` and `width`, the size of the crop."""
+OF_CLIPS = ("frames", "fps")
+"""Columns of the index of latents of clips: T, and frames per second."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,11 +54,17 @@ class LatentStore:
     scale: LatentScale
     channels: int
     size: int
-    """Pixels of the squares that were encoded."""
+    """Pixels: side of the squares that were encoded; with buckets of the greatest resolution's square."""
+    buckets: tuple[tuple[int, int], ...] = ()
+    """(height, width) of the shapes that records may have; none where all are squares of `size`."""
+    frames: int = 0
+    """T of every record, which is (T, C, h, w); 0 for pictures."""
+    fps: float = 0.0
+    """Frames per second; 0 for pictures."""
     texts: tuple[TextSource, ...]
     """The text encoders in the records; none where latents stand alone."""
     variants: tuple[int, ...]
-    """What each picture was encoded as (latent_plan)."""
+    """What each picture or clip was encoded as (latent_plan)."""
     listing: manifest.Manifest
 
     @property
@@ -121,14 +129,15 @@ def describe(uri: str, listing: manifest.Manifest | None = None) -> LatentStore:
     """The store at a URI. Raises InputMissing or ArtifactError where there is none."""
     listing = listing or manifest.read(uri, kind=KIND)
     meta = listing.meta
-    named = {"uri", "listing", "scale", "texts", "variants"}
-    fields = {f.name for f in dataclasses.fields(LatentStore)} - named
+    named = {"uri", "listing", "scale", "texts", "variants", "buckets"}
+    fields = {f.name for f in dataclasses.fields(LatentStore)} & meta.keys() - named
     return LatentStore(
         uri=uri,
         listing=listing,
         scale=LatentScale(**meta["scale"]),
         texts=tuple(TextSource(**one) for one in meta["texts"]),
         variants=tuple(meta["variants"]),
+        buckets=tuple((height, width) for height, width in meta.get("buckets", ())),
         **{name: meta[name] for name in fields},
     )
 
@@ -137,24 +146,33 @@ def meta_of(store_: LatentStore) -> dict[str, Any]:
     """What the manifest records: the inverse of `describe`."""
     values = dataclasses.asdict(dataclasses.replace(store_, listing=None))  # type: ignore[arg-type]
     values |= {"texts": list(values["texts"]), "variants": list(values["variants"])}
+    values["buckets"] = [list(shape) for shape in values["buckets"]]
     return {name: value for name, value in values.items() if name not in ("uri", "listing")}
 
 
-def key_of(config: PrecomputeLatents, *, autoencoder_fingerprint: str, texts: Sequence[TextSource], size: int) -> str:
+def key_of(
+    config: PrecomputeLatents,
+    *,
+    autoencoder_fingerprint: str,
+    texts: Sequence[TextSource],
+    size: int | None,
+    frames: int = 0,
+    fps: float = 0.0,
+) -> str:
     """Fingerprint of everything that decides a latent record's bytes beside the picture, its variant and its captions.
 
-    Not of the batch size: rows of one batch do not see each other, and between batch sizes they differ by rounding alone.
+    With buckets `size` is None and the shape is the record's own, so that stores of other buckets share what they can. Not
+    of the batch size: rows of one batch do not see each other, and between batch sizes they differ by rounding alone.
     """
-    return store.digest_of(
-        {
-            "record_version": RECORD_VERSION,
-            "autoencoder": autoencoder_fingerprint,
-            "text_encoders": [[one.name, one.fingerprint] for one in texts],
-            "size": size,
-            "latent_dtype": config.latent_dtype,
-            "text_dtype": config.text_dtype,
-        }
-    )
+    decides = {
+        "record_version": RECORD_VERSION,
+        "autoencoder": autoencoder_fingerprint,
+        "text_encoders": [[one.name, one.fingerprint] for one in texts],
+        "size": size,
+        "latent_dtype": config.latent_dtype,
+        "text_dtype": config.text_dtype,
+    }
+    return store.digest_of(decides | ({"frames": frames, "fps": fps} if frames else {}))
 
 
 def text_tensors(name: str, text: TextEmbedding, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -167,6 +185,6 @@ def text_tensors(name: str, text: TextEmbedding, dtype: torch.dtype) -> dict[str
 
 
 def record(mean: torch.Tensor, logvar: torch.Tensor, texts: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
-    """The member of one latent record: mean, logvar (C,h,w) and the embeddings of its N captions (`text_tensors`)."""
+    """The member of one record: mean, logvar (C,h,w) or (T,C,h,w) and the embeddings of its N captions (`text_tensors`)."""
     tensors = {"mean": mean.contiguous(), "logvar": logvar.contiguous()}
     return {LATENT_MEMBER: safetensors.torch.save(tensors | {n: t.contiguous() for n, t in texts.items()})}

@@ -11,6 +11,7 @@ import torch
 from latentray.data import decode, members
 from latentray.data.damage import DAMAGED, damaged
 from latentray.data.pipeline import OrderedSource, Part, Sample, common, parts_of, places
+from latentray.data.read_ahead import ahead
 from latentray.data.transforms import Augment, Draws, draws_of
 from latentray.errors import LatentrayError
 from latentray.records import PICTURE_SUFFIXES, PictureBatch
@@ -24,7 +25,7 @@ def picture_batches(
     Args:
         shapes: (height, width) of each of the order's buckets; one where there are none.
         augment: where pictures are cut, whether half of them are mirrored, and how captions vary.
-        workers: loader processes; 0 reads in this one.
+        workers: loader processes; 0 reads in this one, in a thread that is a batch ahead.
 
     Raises DigestMismatch for a sample that differs from the index and DataError for one that cannot be decoded, unless the
     source skips them; UnsafeMember always.
@@ -32,7 +33,8 @@ def picture_batches(
     to_part = functools.partial(
         _part, shapes=tuple(shapes), augment=augment, seed=source.order.seed, skip_damaged=source.skip_damaged
     )
-    for parts in parts_of(source, to_part, workers, as_bytes=PICTURE_SUFFIXES):
+    parts_of_steps = parts_of(source, to_part, workers, as_bytes=PICTURE_SUFFIXES)
+    for parts in parts_of_steps if workers else ahead(parts_of_steps):
         yield PictureBatch(
             x_BCHW=decode.to_tensor(np.concatenate([part["pixels"] for part in parts])),
             size_B6=torch.from_numpy(np.concatenate([part["sizes"] for part in parts])),

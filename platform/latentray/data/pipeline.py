@@ -13,17 +13,18 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 import webdataset
 from torch.utils.data import DataLoader, get_worker_info
 
 from latentray.data import members
+from latentray.data.blocks import BlockCache
 from latentray.data.damage import DAMAGED, damaged
+from latentray.data.index import ShardEntry
 from latentray.data.ordering import Order, Step, require_divides
-from latentray.data.shards import IndexedShards
-from latentray.errors import DataError, LatentrayError, StorageFailed
+from latentray.errors import DataError, LatentrayError, SampleRejected, StorageFailed
 from latentray.records import Traffic
 
 READ_AHEAD = 4
@@ -37,7 +38,61 @@ Part = dict[str, Any]
 way takes shared memory, of which a container has 64 MB."""
 
 
-class OrderedSource:
+class Readable(Protocol):
+    """Samples by position: IndexedShards, or what is made of them."""
+
+    uri: str
+    blocks: BlockCache
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def is_remote(self) -> bool: ...
+
+    def read(self, x: int) -> Sample: ...
+
+    def load(self, x: int) -> None: ...
+
+    def key(self, x: int) -> str: ...
+
+    def locate(self, x: int) -> tuple[ShardEntry, int, int]: ...
+
+
+Readables = TypeVar("Readables", bound=Readable, covariant=True)
+
+
+class Turns(Protocol):
+    """What an order says to those who make batches."""
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Samples in a global batch of each bucket."""
+
+
+class Source(Protocol):
+    """A first stage: raw samples with `__id__`, `__step__`, `__bucket__` and `__traffic__`, of one rank and loader worker."""
+
+    skip_damaged: bool
+
+    @property
+    def order(self) -> Turns: ...
+
+    @property
+    def is_local(self) -> bool:
+        """Whether a forked process can read it."""
+
+    @property
+    def most_workers(self) -> int:
+        """Loader workers of a rank that have something to do in each step."""
+
+    def __call__(self) -> Iterator[Sample]: ...
+
+
+class OrderedSource(Generic[Readables]):
     """First stage: the raw WebDataset samples of this rank's (and this loader worker's) slots, step after step.
 
     Each carries `__id__` (SampleId), `__step__` and `__bucket__`. It ends before `last_step`, or never where that is None.
@@ -48,7 +103,7 @@ class OrderedSource:
 
     def __init__(
         self,
-        sets: Sequence[IndexedShards],
+        sets: Sequence[Readables],
         order: Order,
         *,
         rank: int = 0,
@@ -83,6 +138,11 @@ class OrderedSource:
         """Whether every shard lies on this machine's disks."""
         return not any(one.is_remote for one in self.sets)
 
+    @property
+    def most_workers(self) -> int:
+        """Loader workers that have a slot in each step."""
+        return min(self.order.batches) // self.world
+
     def parts(self, worker: int, workers: int) -> Iterator[tuple[int, Step]]:
         """The slots of one of this rank's loader workers, step after step."""
         begin, end = self.steps
@@ -115,17 +175,29 @@ class OrderedSource:
                 raise failed
         return step, part, sum((one.blocks.traffic() for one in self.sets), Traffic(stalled_s=stalled))
 
-    def _read(self, shards: IndexedShards, x: int, about: Sample) -> Sample:
+    def _read(self, shards: Readable, x: int, about: Sample) -> Sample:
         try:
             return shards.read(x) | about
         except LatentrayError as error:
+            sample = about | {"__key__": shards.key(x), "__url__": shards.locate(x)[0].name}
             if not self.skip_damaged:
-                raise
-            return damaged(error, about | {"__key__": shards.key(x), "__url__": shards.locate(x)[0].name})
+                raise refused(error, sample) from None
+            return damaged(error, sample)
+
+
+def refused(error: LatentrayError, sample: Sample) -> LatentrayError:
+    """What is raised for a sample where damage is not skipped: a rejected one says what to do about it."""
+    if not isinstance(error, SampleRejected):
+        return error
+    return DataError(
+        f"The sample {sample['__key__']!r} cannot be used: {error.what}",
+        where=str(sample["__url__"]),
+        mend="Build the data set without it, or skip such samples (damage.policy=skip).",
+    )
 
 
 def raw_pipeline(
-    source: OrderedSource, *stages: Callable[[Iterable], Iterator], as_bytes: Collection[str] = ()
+    source: Source, *stages: Callable[[Iterable], Iterator], as_bytes: Collection[str] = ()
 ) -> webdataset.DataPipeline:
     """A WebDataset pipeline of ordered, safely decoded samples, to which any WebDataset stage may be added.
 
@@ -156,19 +228,24 @@ def common(parts: list[Part]) -> dict[str, Any]:
 
 
 def parts_of(
-    source: OrderedSource, to_part: Callable[[list[Sample]], Part], workers: int, *, as_bytes: Collection[str] = ()
+    source: Source, to_part: Callable[[list[Sample]], Part], workers: int, *, as_bytes: Collection[str] = ()
 ) -> Iterator[list[Part]]:
     """The parts of each step, in slot order: one where this process reads, else one per loader worker."""
     pipeline = raw_pipeline(source, functools.partial(_by_step, to_part=to_part), as_bytes=as_bytes)
-    workers = min(workers, min(source.order.batches) // source.world)  # every worker has a slot in each step
+    workers = min(workers, source.most_workers)
     if workers == 0:
         yield from ([_raised(part)] for part in pipeline)
         return
     # A forked child cannot use S3 clients that its parent opened; a fresh process can, and starts slower.
     start = "fork" if source.is_local else "spawn"
     loader = iter(DataLoader(pipeline, batch_size=None, num_workers=workers, multiprocessing_context=start))
-    while parts := [_raised(part) for part in itertools.islice(loader, workers)]:
-        yield parts
+    try:
+        while parts := list(itertools.islice(loader, workers)):
+            yield [_raised(part) for part in parts]
+    finally:
+        del (
+            loader
+        )  # ends its processes: kept by a traceback, it would be finalised in processes forked later, and hang them
 
 
 def _raised(part: Part | LatentrayError) -> Part:

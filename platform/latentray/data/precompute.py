@@ -1,4 +1,4 @@
-"""The job that encodes pictures and captions once: a Ray Data graph whose rows are parts of shards.
+"""The job that encodes pictures or clips, and captions, once: a Ray Data graph whose rows are parts of shards.
 
 Tasks read and decode; a pool of actors encodes, and writes the finished records of each part; the driver has a shard
 assembled, by another task, once all its parts are there. So cheap machines decode while the expensive ones encode, no more
@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from latentray.checkpoint import store
 from latentray.config.precompute_latents import PrecomputeLatents
-from latentray.data import latent_estimate, latent_job, latent_parts, latent_shards
+from latentray.data import latent_commit, latent_estimate, latent_job, latent_parts, latent_plan, latent_shards
 from latentray.data.damage import require_few
 from latentray.data.latent_encoder import Encoder
 from latentray.data.latent_job import ShardWork
@@ -36,6 +36,8 @@ _BLOCKS = 4096
 _BYTES_PER_PIXEL = 8
 """Of memory, for a picture on its way: its file, RGB, and what it is resized to."""
 _ASSEMBLING = 8
+_WELL_FILLED = 0.75
+"""Share of a batch; of less an estimate tells."""
 _WRITING = 3
 """Calls in an encoder at a time: one encodes, the others write."""
 Arrival = tuple[tuple[int, int], int, str, list[str]]
@@ -53,12 +55,12 @@ def precompute(config: PrecomputeLatents) -> list[str]:
             _print_estimate(config, latent_job.plan(config, scratch))
         return []
     plan = latent_job.plan(config)
-    latent_job.begin(plan)
+    latent_commit.begin(plan)
     if plan.unfinished:
         if plan.work:
             done = _run(config, plan.job, plan.work)
             collections.deque(tracked(done, len(plan.work), "encoding shards"), maxlen=0)
-        latent_job.commit(config, plan)
+        latent_commit.commit(config, plan)
     for out in plan.outs:
         print(f"Latents: {out}")
         print(f"Next: python -m jobs.train stage=diffusion latents={out}", flush=True)
@@ -82,7 +84,10 @@ def _print_estimate(config: PrecomputeLatents, plan: latent_job.Plan) -> None:
         price_per_hour=config.price_per_hour,
         storage_price=config.storage_price,
     )
+    fill = latent_plan.fill(new, plan.job.frames, plan.job.batch_size)
     print("\n".join(found.lines()))
+    if fill < _WELL_FILLED:
+        print(f"Batches are {fill:.0%} full, the rest is padding: a smaller batch_size, or larger shards, save time.")
     print(json.dumps(found.to_json()), flush=True)
 
 
@@ -149,7 +154,7 @@ def _encoded(config: PrecomputeLatents, job: Job, parts: Sequence[Part]) -> Iter
     context.print_on_execution_start = False
     context.raise_original_map_exception = True  # an error of ours arrives as itself
     have = ray.cluster_resources()
-    pixels = sum(3 * size * size for size in job.sizes) * job.batch_size
+    pixels = job.part_bytes
     _require_room(have, pixels)
     gpus = 1 if config.device != "cpu" and have.get("GPU", 0) >= 1 else 0
     most = min(config.actors[1], len(parts))
@@ -227,7 +232,7 @@ def _tables(parts: Sequence[Part]) -> list[pa.Table]:
 
 
 def _read(table: pa.Table, *, job: Job) -> pa.Table:
-    part = Part.from_row(table.to_pylist()[0], sizes=len(job.sizes))
+    part = Part.from_row(table.to_pylist()[0], stores=job.stores)
     return latent_parts.read_part(job, part).to_table()
 
 

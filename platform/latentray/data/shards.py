@@ -9,15 +9,17 @@ Damaged tars lose samples silently in tar readers; here a read is a byte range w
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import dataclasses
 import functools
 import os
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
+import numpy as np
 import pyarrow as pa
 import webdataset
 
@@ -29,6 +31,9 @@ from latentray.errors import DigestMismatch, StorageFailed
 CACHE_BYTES = 64 << 30
 _OPEN_FILES = 64
 _HASH_BYTES = 8 << 30
+_FETCHERS = 8
+_TOGETHER = 4
+"""Neighbouring blocks of a remote shard that one request asks for, at most."""
 _MEND = "Restore the file from a good copy, or build the data set again."
 
 
@@ -167,17 +172,17 @@ class IndexedShards:
             )
         return {"__key__": self.key(x), "__url__": where} | tars.contents(data, shard=where)[1]
 
-    def read_into(self, buffer: memoryview, where: index.Range) -> None:
-        """Fill a buffer with a sample's bytes, unchecked; what cannot be read, of a cut or missing shard, stays as it is."""
-        handle = self._files.get(where.shard)  # the quick way: this is called for every sample of a training step
+    def read_into(self, buffer: np.ndarray, shard: int, offset: int) -> None:
+        """Fill uint8 (length,) with a shard's bytes, unchecked; what a cut or missing shard has not got stays as it is."""
+        handle = self._files.get(shard)  # the quick way: this is called for every sample of a training step
         if handle is not None:
-            os.preadv(handle, [buffer], where.offset)
+            os.preadv(handle, (buffer.data,), offset)
             return
         try:
-            data = self._bytes(where.shard, where.offset, where.length)
+            data = self._bytes(shard, offset, len(buffer))
         except DigestMismatch:
             return
-        buffer[: len(data)] = data
+        buffer[: len(data)] = np.frombuffer(data, np.uint8)
 
     def verify(self, *, hash_bytes: int = _HASH_BYTES) -> None:
         """Check every shard's existence and size, and the sha256 of local ones up to `hash_bytes`, spread evenly.
@@ -204,6 +209,29 @@ class IndexedShards:
         number, offset, length, _ = self.index.locate(x)
         if self._is_cached(number):
             self._bytes(number, offset, length)
+
+    def load_all(self, xs: Sequence[int]) -> None:
+        """Bring samples into this node's cache, where their shards are remote: neighbours together, others side by side.
+
+        Raises StorageFailed; damage is found where a sample is read.
+        """
+        if not self.is_remote:
+            return
+        block = self.blocks.block
+        wanted = {
+            (one.shard, number)
+            for one in self.index.locate_all(xs)
+            if self._is_cached(one.shard)
+            for number in range(one.offset // block, (one.offset + max(one.length, 1) - 1) // block + 1)
+        }
+        with concurrent.futures.ThreadPoolExecutor(_FETCHERS) as pool:
+            loads = [
+                pool.submit(self._bytes, shard, run.start * block, len(run) * block)
+                for shard, run in _runs(sorted(wanted))
+            ]
+        for failed in (load.exception() for load in loads):
+            if isinstance(failed, StorageFailed):
+                raise failed
 
     def fetch(self, number: int) -> None:
         """Take a whole shard to this node, its sha256 checked; its samples are read from there."""
@@ -272,6 +300,16 @@ class IndexedShards:
     def __del__(self) -> None:
         if "_files" in self.__dict__:
             self.close()
+
+
+def _runs(places: Sequence[tuple[int, int]]) -> Iterator[tuple[int, range]]:
+    """Ascending (shard, block) as neighbours of one shard, a few at a time."""
+    first = 0
+    for i in range(1, len(places) + 1):
+        shard, block = places[first]
+        if i == len(places) or places[i] != (shard, block + i - first) or i - first == _TOGETHER:
+            yield shard, range(block, block + i - first)
+            first = i
 
 
 def _matches(data: bytes, length: int, crc32c: int) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from rich.table import Table
 
 from latentray.checkpoint import manifest, store
 from latentray.config.inspect_shards import InspectShards
-from latentray.data import inspection
+from latentray.data import inspection, kinds, latents
 from latentray.data.shards import IndexedShards
 from latentray.errors import InputMissing
 from latentray.reporting import pictures
@@ -23,16 +23,19 @@ from latentray.reporting.progress import tracked
 SPLITS = ("train", "validation")
 _CELL = 128
 _CAPTION = 70
+_MOST_NUMBERS = 16
 
 
 def inspect(config: InspectShards) -> list[dict[str, Any]]:
     """Inspect each split and return its figures. Raises InputMissing where there is no data set; damage is a finding."""
     found = []
     for name, uri in _splits(store.absolute(config.data or "")).items():
-        shards = IndexedShards.open(uri)
-        rows = inspection.spread(shards.count, config.check)
-        decoded = inspection.read(shards, tracked(rows, len(rows), f"reading {name}"), len(rows), show=config.pictures)
-        figures = {"split": name, "uri": uri} | inspection.figures(shards, decoded)
+        is_latents = manifest.read(uri).kind == latents.KIND
+        shards = IndexedShards.open(uri, kind=latents.KIND if is_latents else "dataset")
+        kind, rows = kinds.kind_of(shards), inspection.spread(shards.count, config.check)
+        reading = tracked(rows, len(rows), f"reading {name}")
+        decoded = inspection.read(shards, reading, len(rows), kind=kind, show=config.pictures)
+        figures = {"split": name, "uri": uri} | inspection.figures(shards, decoded, kind)
         folder = Path(config.out)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.json").write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n")
@@ -64,12 +67,15 @@ def _splits(uri: str) -> dict[str, str]:
         return {uri.rstrip("/").rsplit("/", 1)[-1]: uri}
     found = {name: store.join(uri, name) for name in SPLITS if store.exists(store.join(uri, name, manifest.NAME))}
     if not found:
-        raise InputMissing("There is no data set.", where=uri, mend="Give what python -m jobs.build_shards wrote.")
+        raise InputMissing(
+            "There is no data set.", where=uri, mend="Give what build_shards or precompute_latents wrote."
+        )
     return found
 
 
 def _print(figures: Mapping[str, Any]) -> None:
-    table = Table("what", "figure", title=f"{figures['split']}: {figures['samples']:,} samples")
+    title = f"{figures['split']}: {figures['samples']:,} {figures['kind']}"
+    table = Table("what", "figure", title=title)
     table.add_row("shards", f"{figures['shards']:,}, {figures['bytes'] / 2**20:,.1f} MiB")
     for name in ("samples_per_shard", "width", "height", "megapixels"):
         if name in figures:
@@ -77,6 +83,8 @@ def _print(figures: Mapping[str, Any]) -> None:
     if "aspects" in figures:
         shown = "  ".join(f"{k}: {n:,}" for k, n in figures["aspects"].items() if n)
         table.add_row("width / height", shown)
+    for row in _OF_KIND[figures["kind"]](figures):
+        table.add_row(*row)
     if "exact_duplicates" in figures:
         table.add_row("exact duplicates", f"{figures['exact_duplicates']:,}")
     captions = figures.get("captions", {})
@@ -90,6 +98,51 @@ def _print(figures: Mapping[str, Any]) -> None:
     console.print(table)
     for one in figures["bad"][:10]:
         console.print(f"bad: {one['key']} in {one['shard']}: {one['what']}", markup=False, soft_wrap=True)
+
+
+def _of_clips(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name in ("frames", "fps", "seconds"):
+        if name in figures:
+            yield name, _shown(figures[name])
+
+
+def _of_episodes(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if "steps" in figures:
+        yield "steps", _shown(figures["steps"])
+    for name, held in figures.get("held", {}).items():
+        yield name, ", ".join(f"{shape}: {count:,}" for shape, count in held["shapes"].items())
+        if "low" in held:
+            yield f"{name}: least", _numbers(held["low"])
+            yield f"{name}: greatest", _numbers(held["high"])
+
+
+def _of_latents(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "autoencoder", figures["autoencoder"]
+    yield "text encoders", ", ".join(figures["text_encoders"]) or "none"
+    yield "height x width", "  ".join(f"{shape}: {count:,}" for shape, count in figures["buckets"].items())
+    if "frames" in figures:
+        yield "frames, fps", f"{figures['frames']}, {figures['fps']:g}"
+    if "latent_shapes" in figures:
+        yield "latents", "  ".join(f"{shape}: {count:,}" for shape, count in figures["latent_shapes"].items())
+        yield "mean by channel", _numbers(figures["latent_mean"])
+        yield "std by channel", _numbers(figures["latent_std"])
+        yield "posterior's std", _numbers(figures["posterior_std"])
+        scale = figures["scale"]
+        yield "the autoencoder's own", f"mean {scale['shift']:.3g}, std {1 / scale['scale']:.3g}"
+
+
+_OF_KIND: dict[str, Callable[[Mapping[str, Any]], Iterator[tuple[str, str]]]] = {
+    kinds.PICTURES: lambda figures: iter(()),
+    kinds.CLIPS: _of_clips,
+    kinds.EPISODES: _of_episodes,
+    kinds.LATENTS: _of_latents,
+}
+"""Kind -> rows of the table that are its own."""
+
+
+def _numbers(values: Sequence[float]) -> str:
+    shown = ", ".join(f"{value:.3g}" for value in values[:_MOST_NUMBERS])
+    return shown if len(values) <= _MOST_NUMBERS else f"{shown}, ... ({len(values)})"
 
 
 def _shown(spread: Mapping[str, float]) -> str:

@@ -10,15 +10,25 @@ from latentray.errors import ConfigError
 from latentray.models.layers import group_norm
 
 _EXPLICIT_UP_TO = 256
-"""On a CPU the backward of torch's fused attention loses 2-3x to explicit products up to this sequence length."""
+"""On a CPU the backward of torch's fused attention loses up to 4x to explicit products up to this many keys."""
+_TILE = 16
+"""And its bf16 forward loses 2x where the number of keys is no multiple of this: 77 tokens of CLIP, say."""
+_CACHED = 2**21
+"""Numbers between the two products of a feed-forward that stay in a CPU's cache; more go sample by sample."""
+_NORM_EPS = 1e-6
 
 
 def attend(q_BHLD: Tensor, k_BHMD: Tensor, v_BHMD: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, shape (B,H,L,D) (Vaswani et al. 2017, equation 1)."""
-    short = max(q_BHLD.shape[-2], k_BHMD.shape[-2]) <= _EXPLICIT_UP_TO
-    if q_BHLD.device.type == "cpu" and short and torch.is_grad_enabled():
+    if q_BHLD.device.type == "cpu" and k_BHMD.shape[-2] <= _EXPLICIT_UP_TO and torch.is_grad_enabled():
         weights = (q_BHLD * q_BHLD.shape[-1] ** -0.5) @ k_BHMD.transpose(-1, -2)
         return weights.softmax(dim=-1) @ v_BHMD
+    spare = -k_BHMD.shape[-2] % _TILE
+    if spare and _bf16_on_cpu(q_BHLD):
+        mask_M = torch.zeros(k_BHMD.shape[-2] + spare, dtype=q_BHLD.dtype, device=q_BHLD.device)
+        mask_M[-spare:] = -torch.inf
+        k_BHMD, v_BHMD = (F.pad(both, (0, 0, 0, spare)) for both in (k_BHMD, v_BHMD))
+        return F.scaled_dot_product_attention(q_BHLD, k_BHMD, v_BHMD, attn_mask=mask_M.expand(q_BHLD.shape[-2], -1))
     return F.scaled_dot_product_attention(q_BHLD, k_BHMD, v_BHMD)
 
 
@@ -29,27 +39,53 @@ class Attention(nn.Module):
         width: channels of x.
         context_width: channels of the context; None for self-attention.
         heads: number of heads; must divide width.
+        qk_norm: normalise each head's queries and keys by their root mean square (Esser et al. 2024, section 5.3.2).
+        output: project what was attended to; False leaves it to nobody (the text of an MMDiT's last block).
     """
 
-    def __init__(self, width: int, *, heads: int, context_width: int | None = None, bias: bool = False) -> None:
+    def __init__(
+        self,
+        width: int,
+        *,
+        heads: int,
+        context_width: int | None = None,
+        bias: bool = False,
+        qk_norm: bool = False,
+        output: bool = True,
+    ) -> None:
         super().__init__()
         if width % heads:
             raise ConfigError(
-                f"{width} channels do not divide into {heads} heads.", where="head_dim", mend="Choose another."
+                f"{width} channels do not divide into {heads} heads.",
+                where="heads",
+                mend="Choose another number of heads.",
             )
         self.heads = heads
         self.to_q = nn.Linear(width, width, bias=bias)
         self.to_k = nn.Linear(context_width or width, width, bias=bias)
         self.to_v = nn.Linear(context_width or width, width, bias=bias)
-        self.to_out = nn.Linear(width, width)
+        self.to_out = nn.Linear(width, width) if output else None
+        self.norm_q = nn.RMSNorm(width // heads, eps=_NORM_EPS) if qk_norm else None
+        self.norm_k = nn.RMSNorm(width // heads, eps=_NORM_EPS) if qk_norm else None
 
-    def forward(self, x_BLD: Tensor, context_BMD: Tensor | None = None) -> Tensor:
+    def project(self, x_BLD: Tensor, context_BMD: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of x, keys and values of the context, (B,H,L,D) each."""
         context = x_BLD if context_BMD is None else context_BMD
         q, k, v = (
             project(source).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project, source in ((self.to_q, x_BLD), (self.to_k, context), (self.to_v, context))
         )
-        return self.to_out(attend(q, k, v).transpose(1, 2).flatten(2))
+        if self.norm_q is not None and self.norm_k is not None:
+            q, k = self.norm_q(q), self.norm_k(k)
+        return q, k, v
+
+    def merge(self, attended_BHLD: Tensor) -> Tensor:
+        """The heads side by side, (B,L,D), projected."""
+        assert self.to_out is not None
+        return self.to_out(attended_BHLD.transpose(1, 2).flatten(2))
+
+    def forward(self, x_BLD: Tensor, context_BMD: Tensor | None = None) -> Tensor:
+        return self.merge(attend(*self.project(x_BLD, context_BMD)))
 
 
 class FeedForward(nn.Module):
@@ -61,8 +97,21 @@ class FeedForward(nn.Module):
         self.out = nn.Linear(4 * width, width)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        value, gate = self.proj(x_BLD).chunk(2, dim=-1)
-        return self.out(value * F.gelu(gate))
+        large = x_BLD.shape[:-1].numel() * self.proj.out_features > _CACHED
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not (large and _bf16_on_cpu(x_BLD)):
+            return self._geglu(x_BLD)
+        return torch.cat([self._geglu(x_1LD) for x_1LD in x_BLD.split(1)])
+
+    def _geglu(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        if _bf16_on_cpu(gate):
+            gate = gate.contiguous()  # where GELU is vectorised; the same bits, which is not so in float32
+        gate = F.gelu(gate)
+        return self.out(value * gate if torch.is_grad_enabled() else gate.mul_(value))
+
+
+def _bf16_on_cpu(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu"
 
 
 class TransformerBlock(nn.Module):

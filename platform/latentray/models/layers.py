@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentray.errors import ConfigError
 
+_FAST_FROM = 1024
+"""Pixels from which torch's own GroupNorm in channels_last is vectorised."""
 
-def group_norm(channels: int, groups: int, *, eps: float) -> nn.GroupNorm:
+
+class GroupNorm(nn.GroupNorm):
+    """torch's, by another way where its own is slow: small bf16 maps in channels_last on a CPU, without gradients."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _slow_to_normalise(x_BCHW):
+            return super().forward(x_BCHW)
+        weight, bias = self.weight.float(), self.bias.float()
+        out = torch.empty_like(x_BCHW)
+        for row, x_1CHW in zip(out.split(1), x_BCHW.split(1), strict=True):  # its float32 copy stays in the cache
+            row.copy_(F.group_norm(x_1CHW.float(), self.num_groups, weight, bias, self.eps))
+        return out
+
+
+def _slow_to_normalise(x_BCHW: Tensor) -> bool:
+    if x_BCHW.device.type != "cpu" or x_BCHW.dtype != torch.bfloat16 or x_BCHW.shape[-2:].numel() >= _FAST_FROM:
+        return False
+    return not x_BCHW.is_contiguous() and x_BCHW.is_contiguous(memory_format=torch.channels_last)
+
+
+def group_norm(channels: int, groups: int, *, eps: float) -> GroupNorm:
     """GroupNorm that refuses channels the groups do not divide, at construction."""
     if channels % groups:
         raise ConfigError(
@@ -19,18 +39,7 @@ def group_norm(channels: int, groups: int, *, eps: float) -> nn.GroupNorm:
             where="groups",
             mend="Choose channels as multiples of it.",
         )
-    return nn.GroupNorm(groups, channels, eps=eps)
-
-
-def sinusoidal_embedding(t_B: Tensor, width: int, *, max_period: float = 10_000.0) -> Tensor:
-    """(B,) timesteps -> (B, width): cosines, then sines, of t at geometric frequencies (Vaswani et al. 2017).
-
-    Computed in float32 whatever the network's dtype: bf16 cannot tell t = 997 from 998.
-    """
-    half = width // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t_B.device) / half)
-    angles = t_B.float()[:, None] * frequencies[None]
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+    return GroupNorm(groups, channels, eps=eps)
 
 
 class ResBlock(nn.Module):
@@ -61,14 +70,15 @@ class ResBlock(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour by two, then a 3x3 convolution."""
+    """Nearest-neighbour by two, or to the height and width given, then a 3x3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
+    def forward(self, x_BCHW: Tensor, size: torch.Size | None = None) -> Tensor:
+        factor = 2.0 if size is None else None
+        return self.conv(F.interpolate(x_BCHW, size=size, scale_factor=factor, mode="nearest"))
 
 
 class Downsample(nn.Module):

@@ -1,41 +1,51 @@
-"""The denoising U-Net with cross-attention (Rombach et al. 2022, section 3.3), in Stable Diffusion's layout."""
+"""The denoising U-Net with cross-attention, in the layouts of Stable Diffusion 1 and 2 and of SDXL.
+
+Rombach et al. 2022, section 3.3; Podell et al. 2023, section 2.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from latentray.config.denoiser import DenoiserConfig
 from latentray.models.attention import SpatialTransformer
-from latentray.models.layers import Downsample, ResBlock, Upsample, group_norm, sinusoidal_embedding
+from latentray.models.embeddings import AddedConditions, ClassEmbedding, required, sinusoidal_embedding
+from latentray.models.layers import Downsample, ResBlock, Upsample, group_norm
 
 _EPS = 1e-5
 
 
 class _Block(nn.Module):
-    """A residual block, a spatial transformer where the level has one, and a change of resolution at a level's end."""
+    """A residual block, a spatial transformer where the level has one, and a change of resolution at a level's end.
+
+    The change of resolution is the network's to apply: a skip connection may come before it.
+    """
 
     def __init__(
-        self, res: ResBlock, transformer: SpatialTransformer | None, resample: nn.Module | None = None
+        self, res: ResBlock, transformer: SpatialTransformer | None, resample: Downsample | Upsample | None = None
     ) -> None:
         super().__init__()
         self.res, self.transformer, self.resample = res, transformer, resample
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor | None) -> Tensor:
-        x = self.res(x, time)
+    def forward(self, x: Tensor, time: Tensor, context: Tensor | None, skip: Tensor | None = None) -> Tensor:
+        x = self.res(x if skip is None else torch.cat([x, skip], dim=1), time)
         return x if self.transformer is None else self.transformer(x, context)
 
 
 class UNet(nn.Module):
     """y = net(u, t, context).
 
-    forward(u_BChw, t_B, context_BLD) -> (B, out_channels, h, w). `t` is what the network was trained on: 0 ... T-1 for a
-    discrete schedule, 1000 t for flows. h and w must divide by 2^(levels-1).
+    forward(u_BChw, t_B, context_BLD, pooled=(B,D), size=(B,N), labels=(B,)) -> (B, out_channels, h, w). `t` is what the
+    network was trained on: 0 ... T-1 for a discrete schedule, 1000 t for flows. h and w are any. Conditions that the
+    configuration has no use for are ignored; those it reads and does not get are refused with ConfigError.
     """
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
+        assert config.family == "unet"
         self.config = config
         widths, time_width = config.channels, 4 * config.channels[0]
         self.time_in, self.time_out = nn.Linear(widths[0], time_width), nn.Linear(time_width, time_width)
@@ -44,12 +54,12 @@ class UNet(nn.Module):
         def res(i: int, o: int) -> ResBlock:
             return ResBlock(i, o, groups=config.groups, eps=_EPS, time_width=time_width)
 
-        def transformer(width: int, depth: int) -> SpatialTransformer | None:
+        def transformer(level: int, depth: int) -> SpatialTransformer | None:
             if depth == 0:
                 return None
             return SpatialTransformer(
-                width,
-                heads=config.heads_at(width),
+                widths[level],
+                heads=config.heads_at(level),
                 depth=depth,
                 context_width=config.context_width,
                 groups=config.groups,
@@ -60,40 +70,79 @@ class UNet(nn.Module):
         down: list[_Block] = []
         for level, out in enumerate(widths):
             for _ in range(config.blocks):
-                down.append(_Block(res(width, out), transformer(out, config.depth[level])))
+                down.append(_Block(res(width, out), transformer(level, config.depth[level])))
                 width = out
                 skips.append(width)
             if level < len(widths) - 1:
                 down[-1].resample = Downsample(width, asymmetric=False)
                 skips.append(width)
         self.down = nn.ModuleList(down)
-        self.middle_in = _Block(res(width, width), transformer(width, config.middle_depth))
+        self.middle_in = _Block(res(width, width), transformer(len(widths) - 1, config.middle_depth))
         self.middle_out = res(width, width)
         up: list[_Block] = []
         for level, out in reversed(list(enumerate(widths))):
             for _ in range(config.blocks + 1):
-                up.append(_Block(res(width + skips.pop(), out), transformer(out, config.depth[level])))
+                up.append(_Block(res(width + skips.pop(), out), transformer(level, config.depth[level])))
                 width = out
             if level > 0:
                 up[-1].resample = Upsample(width)
         self.up = nn.ModuleList(up)
         self.norm_out = group_norm(width, config.groups, eps=_EPS)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
+        # Last, so that a network without them draws the same initial weights as before there were any.
+        self.added = (
+            AddedConditions(
+                pooled_width=config.pooled_width,
+                size_numbers=config.size_numbers,
+                size_width=config.size_width,
+                width=time_width,
+            )
+            if config.pooled_width is not None or config.size_numbers
+            else None
+        )
+        self.classes = ClassEmbedding(config.classes, time_width) if config.classes is not None else None
 
-    def forward(self, u_BChw: Tensor, t_B: Tensor, context_BLD: Tensor | None = None) -> Tensor:
-        time = sinusoidal_embedding(t_B, self.config.channels[0]).to(u_BChw.dtype)
-        time = self.time_out(F.silu(self.time_in(time)))
+    def forward(
+        self,
+        u_BChw: Tensor,
+        t_B: Tensor,
+        context_BLD: Tensor | None = None,
+        *,
+        pooled: Tensor | None = None,
+        size: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        context = required(context_BLD, "context") if self.config.context_width is not None else None
+        time = self._time(t_B, u_BChw.dtype, pooled, size, labels)
         h = self.conv_in(u_BChw)
         skips = [h]
         for block in self.down:
-            h = block(h, time, context_BLD)
+            h = self._run(block, h, time, context)
             skips.append(h)
             if block.resample is not None:
                 h = block.resample(h)
                 skips.append(h)
-        h = self.middle_out(self.middle_in(h, time, context_BLD), time)
+        h = self._run(self.middle_in, h, time, context)
+        h = self._run(self.middle_out, h, time)
         for block in self.up:
-            h = block(torch.cat([h, skips.pop()], dim=1), time, context_BLD)
+            h = self._run(block, h, time, context, skips.pop())
             if block.resample is not None:
-                h = block.resample(h)
+                h = block.resample(h, skips[-1].shape[-2:])
         return self.conv_out(F.silu(self.norm_out(h)))
+
+    def _time(
+        self, t_B: Tensor, dtype: torch.dtype, pooled: Tensor | None, size: Tensor | None, labels: Tensor | None
+    ) -> Tensor:
+        """(B, 4 channels[0]): all that is told to the residual blocks."""
+        time = sinusoidal_embedding(t_B, self.config.channels[0]).to(dtype)
+        time = self.time_out(F.silu(self.time_in(time)))
+        if self.classes is not None:
+            time = time + self.classes(required(labels, "labels"))
+        if self.added is not None:
+            time = time + self.added(pooled, size, dtype)
+        return time
+
+    def _run(self, block: nn.Module, *args: Tensor | None) -> Tensor:
+        if self.config.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+        return block(*args)

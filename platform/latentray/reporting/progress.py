@@ -65,6 +65,8 @@ class Progress:
         loss: float | None = None,
         samples_per_second: float | None = None,
         data_wait_share: float | None = None,
+        checkpoint_age: float | None = None,
+        restarts: int = 0,
     ) -> None:
         """Show the state at `samples` seen in all. What is not given is left out; the rate is then measured here."""
         self._samples = samples
@@ -72,7 +74,7 @@ class Progress:
         elapsed = now - self._started
         measured = (samples - self._first) / elapsed if elapsed > 0 and samples > self._first else None
         self._rate = samples_per_second or measured
-        self._facts = self._describe(loss, data_wait_share)
+        self._facts = self._describe(loss, data_wait_share, checkpoint_age, restarts)
         if self._bar is not None:
             self._bar.update(self._task, completed=samples, facts=self._facts)
         elif self._last_line is None or now - self._last_line >= self._every:
@@ -93,7 +95,9 @@ class Progress:
     ) -> None:
         self.close()
 
-    def _describe(self, loss: float | None, data_wait_share: float | None) -> str:
+    def _describe(
+        self, loss: float | None, data_wait_share: float | None, checkpoint_age: float | None, restarts: int
+    ) -> str:
         facts = [f"{self._samples:,}/{self._total:,} samples"]
         if loss is not None:
             facts.append(f"loss {loss:.4g}")
@@ -101,6 +105,10 @@ class Progress:
             facts.append(f"{self._rate:.0f} samples/s")
         if data_wait_share is not None:
             facts.append(f"data wait {data_wait_share:.0%}")
+        if checkpoint_age is not None:
+            facts.append(f"checkpoint {duration(checkpoint_age)} old")
+        if restarts:
+            facts.append(f"{restarts} restart{'s' if restarts > 1 else ''}")
         if self._rate and self._samples < self._total:
             facts.append(f"{duration((self._total - self._samples) / self._rate)} left")
         elif self._samples >= self._total:

@@ -10,6 +10,17 @@ TRAIN_DATA_WAIT_SHARE = "train/data_wait_share"
 """Share of the step's wall time, 0 to 1, in which the loop waited for data."""
 TRAIN_EPOCH = "train/epoch"
 TRAIN_PEAK_MEMORY_BYTES = "train/peak_memory_bytes"
+TRAIN_DROPPED_STEPS = "train/dropped_steps"
+"""Steps of this attempt that were not taken: a loss or gradient was no number, or a spike."""
+TRAIN_ROLLBACKS = "train/rollbacks"
+
+RUN_GOODPUT = "run/goodput"
+"""Share of the time since the run's first step, over all attempts, that went into steps whose result counts."""
+RUN_RESTARTS = "run/restarts"
+
+CHECKPOINT_STALL_SECONDS = "checkpoint/stall_seconds"
+"""Seconds that the loop stood still for checkpoints, since the worker began."""
+CHECKPOINT_AGE_SECONDS = "checkpoint/age_seconds"
 
 DATA_DAMAGED_SAMPLES = "data/damaged_samples"
 """Samples that could not be read or decoded and were skipped, since the run began, on all ranks."""
@@ -51,6 +62,11 @@ SAMPLES_HELDOUT_COLOR_ACCURACY = "samples/heldout_color_accuracy"
 
 PICTURES_RECONSTRUCTIONS = "pictures/reconstructions"
 PICTURES_SAMPLES = "pictures/samples"
+
+
+def lost_to(cause: str) -> str:
+    """The name of the share of a run's time that was lost to a cause (`training/clock.py`): `run/lost_to/faults`."""
+    return f"run/lost_to/{cause}"
 
 
 def validation_loss_at(timestep: float) -> str:

@@ -1,26 +1,41 @@
-"""Checkpoints of a run: every rank uploads its part, rank 0 writes the manifest last.
+"""Checkpoints of a run: every rank copies its part and goes on; a thread writes it, and rank 0's writes the manifest last.
 
-Layout: `<run>/checkpoints/<step>-<attempt>/<engine>/...` and `manifest.json`. The newest valid one is found by listing
-manifests; a folder without one, of a dead attempt, is never read. A damaged checkpoint is refused by name, and the one
-before it is used.
+Layout: `<run>/checkpoints/<step>-<attempt>/<engine>/rank_<r>.safetensors`, `rank_<r>.json` (what that rank wrote) and
+`manifest.json`. The newest valid one is found by listing manifests; a folder without one, of a dead attempt, is never read.
+No file is a pickle, and none depends on the world size or ZeRO stage that wrote it (`partitions.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
+import threading
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from latentray.checkpoint import manifest, store
-from latentray.errors import ArtifactError, DigestMismatch, FingerprintMismatch
+from latentray.config import compose
+from latentray.errors import ArtifactError, DigestMismatch, FingerprintMismatch, StorageFailed
+from latentray.training import partitions
 from latentray.training.ema import EMA
 from latentray.training.engine import Engine
+from latentray.training.partitions import Pieces, Snapshot
 from latentray.training.state import Worker
+from latentray.training.writer import Writer
 
 KIND = "checkpoint"
+FORMAT = 2
+"""Of the files of a checkpoint."""
+PINNED = "pinned.json"
+"""A file of this name in a checkpoint's folder keeps it for good."""
+COMPARED = ("stage", "autoencoder", "denoiser", "objective", "optimizer", "precision")
+"""Parts of the configuration that a run must not change on its way, unless `resume.allow` names them."""
+_PATIENCE_S = 1800.0
+_POLL_S = 0.2
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -38,97 +53,169 @@ class Saved:
     def cursor(self) -> dict[str, Any]:
         return self.manifest.meta["cursor"]
 
+    @property
+    def samples(self) -> int:
+        """Samples that the run had seen."""
+        return int(self.manifest.meta["samples"])
 
-def save(
-    worker: Worker,
-    engines: Mapping[str, Engine],
-    ema: EMA,
-    *,
-    cursor: Mapping[str, Any],
-    inputs: Mapping[str, str],
-    config: Mapping[str, Any],
-    fingerprint: str,
-) -> str:
-    """Write a checkpoint of all ranks and return its URI. Collective."""
-    uri = store.join(_root(worker), f"{cursor['step']:09d}-{worker.attempt}")
-    with store.staging() as folder:
-        for name, engine in engines.items():
-            engine.save(folder, name)
-        ema.save(folder / f"ema_rank_{worker.rank:05d}.safetensors")
-        entries = {
-            p.relative_to(folder).as_posix(): manifest.entry_of(p) for p in sorted(folder.rglob("*")) if p.is_file()
-        }
-        for name in entries:
-            store.upload(folder / name, store.join(uri, name))
-    everyone: list[dict[str, manifest.FileEntry]] = [{} for _ in range(worker.world)]
-    dist.all_gather_object(everyone, entries)
-    if worker.leads:
-        files = {name: entry for part in everyone for name, entry in part.items()}
+    @property
+    def clock(self) -> dict[str, Any]:
+        """What the run's time went into up to here (`clock.py`)."""
+        return self.manifest.meta["clock"]
+
+    def parts(self, engine: str) -> list[str]:
+        """The files of one engine, by rank."""
+        return sorted(name for name in self.manifest.files if name.startswith(f"{engine}/"))
+
+
+class Checkpoints:
+    """Saves and restores the state of one worker. Every method is collective unless it says otherwise."""
+
+    def __init__(self, worker: Worker, engines: Mapping[str, Engine], ema: EMA, *, inputs: Mapping[str, str]) -> None:
+        self.worker, self.engines, self.ema, self.inputs = worker, dict(engines), ema, dict(inputs)
+        self._writer = Writer()
+        self._given_up = threading.Event()
+        self.failures = 0
+        """Checkpoints in a row before the one that was begun last that could not be written, by the rank that failed most."""
+        self.stalled_s = 0.0
+        """Seconds that the loop stood still for checkpoints."""
+        self.written_at: float | None = None
+        """When this rank's part of the last one was written, by time.time()."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank could not write its part of the last one, or as rank 0 the manifest. Not collective."""
+        return self._writer.failures > 0
+
+    def give_up(self) -> None:
+        """Another rank could not write its part: this rank does not wait for it any longer. Not collective."""
+        self._given_up.set()
+
+    def save(self, *, cursor: Mapping[str, Any], samples: int, clock: Mapping[str, Any]) -> str:
+        """Copy the state and let it be written; the URI where it will be. Waits for the one before."""
+        begun = time.perf_counter()
+        self._writer.wait()
+        failures = torch.tensor(self._writer.failures, device=self.worker.device)
+        dist.all_reduce(failures, op=dist.ReduceOp.MAX)
+        self.failures = int(failures)
+        snapshots = {name: self._snapshot(name, engine) for name, engine in self.engines.items()}
+        worker = self.worker
+        uri = store.join(_root(worker.out), f"{int(cursor['step']):09d}-{worker.attempt}")
         meta = {
+            "format": FORMAT,
             "cursor": dict(cursor),
+            "samples": samples,
+            "clock": dict(clock),
             "world": worker.world,
             "zero_stage": worker.config.deepspeed.zero_stage,
-            "precision": worker.config.precision,
-            "fingerprint": fingerprint,
         }
-        manifest.seal(uri, files, kind=KIND, inputs=inputs, config=config, meta=meta)
-        _retain(worker)
-    dist.barrier()
-    return uri
+        self._given_up.clear()
+        self._writer.start(lambda: self._write(uri, snapshots, meta))
+        self.stalled_s += time.perf_counter() - begun
+        return uri
 
+    def wait(self) -> None:
+        """Until what was saved is written. Not collective."""
+        begun = time.perf_counter()
+        self._writer.wait()
+        self.stalled_s += time.perf_counter() - begun
 
-def newest(out: str) -> Saved | None:
-    """The newest checkpoint of a run whose every file matches its manifest; None where there is none.
+    def restore(self) -> Saved | None:
+        """Load the newest checkpoint whose every file matches its manifest; None where the run has none.
 
-    A damaged one is named on standard output and passed over.
-    """
-    for saved in reversed(_committed(store.join(out, "checkpoints"))):
+        A damaged one is named on standard output and passed over. Raises ArtifactError where all are damaged, rather than to
+        begin again; FingerprintMismatch where the run began with other settings.
+        """
+        self.wait()
+        found: list[list[Saved]] = [candidates(self.worker.out) if self.worker.leads else []]
+        dist.broadcast_object_list(found, src=0)
+        for saved in found[0]:
+            require_like(saved, compose.to_dict(self.worker.config), self.inputs, self.worker.config.resume.allow)
+            paths = self._fetch(saved)
+            if paths is not None:
+                self._load(paths)
+                return saved
+        if found[0]:
+            raise ArtifactError(
+                f"All {len(found[0])} checkpoints of the run are damaged.",
+                where=_root(self.worker.out),
+                mend="Restore one from a copy; to begin again from the start, choose another run=... or delete them.",
+            )
+        return None
+
+    # ---- what the threads and ranks do
+
+    def _snapshot(self, name: str, engine: Engine) -> Snapshot:
+        return self.ema.snapshot() if engine is self.ema.engine else engine.snapshot()
+
+    def _write(self, uri: str, snapshots: Mapping[str, Snapshot], meta: Mapping[str, Any]) -> None:
+        """In the thread: this rank's files, then what they are; on rank 0, once all ranks are there, the manifest."""
+        worker = self.worker
+        with store.staging() as folder:
+            for name, snapshot in snapshots.items():
+                partitions.write(folder / name / f"rank_{worker.rank:05d}.safetensors", snapshot)
+            entries = {
+                p.relative_to(folder).as_posix(): manifest.entry_of(p) for p in sorted(folder.rglob("*")) if p.is_file()
+            }
+            for name in entries:
+                store.upload(folder / name, store.join(uri, name))
+        listed = {name: dataclasses.asdict(entry) for name, entry in entries.items()}
+        store.write_json(_listing(uri, worker.rank), listed)
+        if worker.leads:
+            files = self._gathered(uri)
+            config = compose.to_dict(worker.config)
+            manifest.seal(uri, files, kind=KIND, inputs=self.inputs, config=config, meta=meta)
+            retain(worker.out, keep=worker.config.keep_checkpoints, attempt=worker.attempt)
+        self.written_at = time.time()
+
+    def _gathered(self, uri: str) -> dict[str, manifest.FileEntry]:
+        """What all ranks wrote. Raises StorageFailed where one of them did not come to its end."""
+        files: dict[str, manifest.FileEntry] = {}
+        until = time.monotonic() + _PATIENCE_S
+        for rank in range(self.worker.world):
+            where = _listing(uri, rank)
+            while not store.exists(where):
+                if self._given_up.is_set() or time.monotonic() > until:
+                    raise StorageFailed(
+                        f"Rank {rank} did not write its part.", where=uri, mend="See that rank's output."
+                    )
+                time.sleep(_POLL_S)
+            files |= {name: manifest.FileEntry(**entry) for name, entry in store.read_json(where).items()}
+            store.delete(where)
+        return files
+
+    def _fetch(self, saved: Saved) -> dict[str, list[Path]] | None:
+        """Verified local paths of all parts; None, on all ranks alike, where one of them is damaged."""
+        problem, paths = "", {}
         try:
-            for name in saved.manifest.files:
-                manifest.fetch_file(saved.uri, name, saved.manifest)
-            return saved
+            for name in self.engines:
+                paths[name] = [manifest.fetch_file(saved.uri, part, saved.manifest) for part in saved.parts(name)]
+                if len(paths[name]) != saved.manifest.meta["world"]:
+                    problem = (
+                        f"{saved.uri} has {len(paths[name])} parts of {name!r}, not {saved.manifest.meta['world']}"
+                    )
         except ArtifactError as error:
-            print(f"checkpoint passed over: {error}", flush=True)
-    return None
+            problem = str(error)
+        problems: list[str] = [""] * self.worker.world
+        dist.all_gather_object(problems, problem)
+        first = next(filter(None, problems), "")
+        if first and self.worker.leads:
+            print(f"checkpoint passed over: {first}", flush=True)
+        return None if first else paths
 
-
-def restore(worker: Worker, saved: Saved, engines: Mapping[str, Engine], ema: EMA, *, fingerprint: str) -> None:
-    """Load a checkpoint into engines and EMA. Collective.
-
-    Raises FingerprintMismatch where it was written by another world size, ZeRO stage, precision, model or objective.
-    """
-    meta, config = saved.manifest.meta, worker.config
-    now = {
-        "world": worker.world,
-        "zero_stage": config.deepspeed.zero_stage,
-        "precision": config.precision,
-        "fingerprint": fingerprint,
-    }
-    differing = [f"{key}: {meta[key]} then, {value} now" for key, value in now.items() if meta[key] != value]
-    if differing:
-        raise FingerprintMismatch(
-            f"The run cannot be continued with these settings ({'; '.join(differing)}).",
-            where=saved.uri,
-            mend="Resume with the settings the run began with, or begin a new run.",
-        )
-    with store.staging() as folder:
-        for name in saved.manifest.files:
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(manifest.fetch_file(saved.uri, name, saved.manifest), target)
-        for name, engine in engines.items():
-            engine.load(folder, name)
-        ema.load(folder / f"ema_rank_{worker.rank:05d}.safetensors")
+    def _load(self, paths: Mapping[str, list[Path]]) -> None:
+        for name, engine in self.engines.items():
+            pieces = Pieces(paths[name])
+            engine.restore(pieces)
+            if engine is self.ema.engine:
+                self.ema.restore(pieces)
         dist.barrier()
 
 
-def _root(worker: Worker) -> str:
-    return store.join(worker.out, "checkpoints")
-
-
-def _committed(root: str) -> list[Saved]:
-    """Every checkpoint with a manifest, oldest first; one whose manifest is damaged is named and left out."""
+def candidates(out: str) -> list[Saved]:
+    """Every checkpoint with a manifest, newest first; one whose manifest is damaged is named and left out."""
     found = []
+    root = _root(out)
     for name in store.list_folders(root):
         uri = store.join(root, name)
         try:
@@ -138,11 +225,88 @@ def _committed(root: str) -> list[Saved]:
             continue
         if listing is not None:
             found.append(Saved(uri=uri, manifest=listing))
-    return sorted(found, key=lambda saved: (saved.step, saved.manifest.created))
+    return sorted(found, key=lambda saved: (saved.step, saved.manifest.created), reverse=True)
 
 
-def _retain(worker: Worker) -> None:
-    """Keep the newest `keep_checkpoints`; a dropped one loses its manifest first, so it is never seen in part."""
-    for saved in _committed(_root(worker))[: -worker.config.keep_checkpoints]:
-        store.delete(store.join(saved.uri, manifest.NAME))
-        store.delete(saved.uri)
+def require_like(saved: Saved, config: Mapping[str, Any], inputs: Mapping[str, str], allow: list[str]) -> None:
+    """Raise FingerprintMismatch where a checkpoint is of another format, of other data, or of other settings that matter.
+
+    World size and ZeRO stage may differ. What `allow` names (`optimizer`, `optimizer.lr`, `data`) may differ too. Another
+    commit is only told.
+    """
+    meta, then = saved.manifest.meta, saved.manifest.config
+    if meta.get("format") != FORMAT:
+        raise FingerprintMismatch(
+            f"The checkpoint has format {meta.get('format')}; this version reads format {FORMAT}.",
+            where=saved.uri,
+            mend="Resume with the version of latentray that wrote it, or begin a new run.",
+        )
+    differing = [
+        f"{key}: {before} then, {now} now"
+        for part in COMPARED
+        for key, before, now in _differences(part, then.get(part), config.get(part))
+        if not _is_allowed(key, allow)
+    ]
+    differing += [
+        f"data: {role} {saved.manifest.inputs[role][:12]} then, {inputs.get(role, 'none')[:12]} now"
+        for role in sorted(saved.manifest.inputs)
+        if saved.manifest.inputs[role] != inputs.get(role) and "data" not in allow
+    ]
+    if differing:
+        keys = ",".join(dict.fromkeys(line.split(":", 1)[0] for line in differing))
+        raise FingerprintMismatch(
+            "The run was begun with other settings:\n    " + "\n    ".join(differing),
+            where=saved.uri,
+            mend=f"Resume with the settings it began with, begin a new run, or allow it: resume.allow=[{keys}].",
+        )
+
+
+def _differences(key: str, before: Any, now: Any) -> list[tuple[str, Any, Any]]:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        return [
+            found
+            for name in sorted({**before, **now})
+            for found in _differences(f"{key}.{name}", before.get(name), now.get(name))
+        ]
+    return [] if before == now else [(key, before, now)]
+
+
+def _is_allowed(key: str, allow: list[str]) -> bool:
+    return any(key == one or key.startswith(f"{one}.") for one in allow)
+
+
+def retain(out: str, *, keep: int, attempt: str) -> None:
+    """Keep the newest `keep` checkpoints and pinned ones, and remove what dead attempts left without a manifest.
+
+    A dropped checkpoint loses its manifest first, so that it is never seen in part.
+    """
+    root = _root(out)
+    sealed = candidates(out)
+    for saved in sealed[keep:]:
+        if not store.exists(store.join(saved.uri, PINNED)):
+            store.delete(store.join(saved.uri, manifest.NAME))
+            store.delete(saved.uri)
+    kept = {saved.uri for saved in sealed}
+    for name in store.list_folders(root):
+        uri = store.join(root, name)
+        if uri not in kept and not name.endswith(f"-{attempt}") and not store.exists(store.join(uri, manifest.NAME)):
+            store.delete(uri)
+
+
+def _root(out: str) -> str:
+    return store.join(out, "checkpoints")
+
+
+def _listing(uri: str, rank: int) -> str:
+    return store.join(uri, f"rank_{rank:05d}.json")
+
+
+def is_finite(engines: Mapping[str, Engine], ema: EMA, device: torch.device) -> bool:
+    """Whether weights and average are numbers on all ranks: what must hold of a checkpoint. Collective."""
+    flats = [
+        p.detach() for engine in engines.values() for p in engine.master_partitions() if p.numel()
+    ] + ema.partitions
+    norms = torch.stack([torch.linalg.vector_norm(flat.float()).to(device) for flat in flats if flat.numel()])
+    bad = (~norms.isfinite()).any().float()
+    dist.all_reduce(bad)
+    return not bool(bad)

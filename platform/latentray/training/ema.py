@@ -7,14 +7,18 @@ Early on the average is that of what there is: beta is capped at (1 + n)/(10 + n
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from latentray.checkpoint import weights
+from latentray.training import partitions
 from latentray.training.engine import Engine
+from latentray.training.partitions import Pieces, Snapshot
+
+UPDATES = "ema_updates"
+"""Name of the number of updates, among a checkpoint's scalars."""
 
 
 class EMA:
@@ -51,13 +55,12 @@ class EMA:
         with self._swapped_in():
             return self.engine.full_state()
 
-    def save(self, path: Path) -> None:
-        """Write this rank's partitions."""
-        state = {f"partition.{i:03d}": p for i, p in enumerate(self.partitions)}
-        weights.save(path, state | {"updates": torch.tensor(self.updates)})
+    def restore(self, pieces: Pieces) -> None:
+        """Take the average over from a checkpoint of any world size and ZeRO stage."""
+        self.updates = int(pieces.scalars[UPDATES])
+        partitions.restore(pieces, partitions.EMA, self.engine.fragments(), self.partitions)
 
-    def load(self, path: Path) -> None:
-        state = weights.read(path)
-        self.updates = int(state.pop("updates"))
-        for partition, name in zip(self.partitions, sorted(state), strict=True):
-            partition.copy_(state[name])
+    def snapshot(self) -> Snapshot:
+        """A copy of this rank's share of the engine, with the average."""
+        made = self.engine.snapshot(self.partitions)
+        return dataclasses.replace(made, scalars=made.scalars | {UPDATES: self.updates})

@@ -6,19 +6,22 @@ in one backward; what needs gradients elsewhere (the adaptive weight) takes them
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import warnings
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from latentray.config.optimizer import OptimizerConfig
 from latentray.config.train import Train
-from latentray.errors import ArtifactError, ConfigError
+from latentray.errors import ConfigError
+from latentray.training import partitions
+from latentray.training.partitions import Fragment, Pieces, Snapshot
 
 
 def deepspeed_config(config: Train, world: int) -> dict[str, Any]:
@@ -68,6 +71,10 @@ class Engine:
         # Its shared-memory collective is C++ that would be compiled at the first start, for one node only; gloo does it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.config, self.device = config, device
+        self.veto: Callable[[Tensor], Tensor] | None = None
+        """Sees every loss before its backward pass; where it makes it no number, the step is dropped (`guard.py`)."""
+        self.applied = True
+        """False where the last step was dropped: its gradients were no numbers."""
         self.lr_factor = (lr or config.optimizer.lr) / config.optimizer.lr
         module = module.to(device)
         parameters = [p for p in module.parameters() if p.requires_grad]
@@ -101,13 +108,24 @@ class Engine:
         return self._engine(*args)
 
     def backward(self, loss: Tensor) -> None:
-        self._engine.backward(loss)
+        self._engine.backward(loss if self.veto is None else self.veto(loss))
 
-    def step(self) -> bool:
-        """Step at an accumulation boundary; True where the weights moved."""
-        boundary = bool(self._engine.is_gradient_accumulation_boundary())
+    def step(self) -> None:
+        """Step at an accumulation boundary. Gradients that are no numbers, on any rank, are dropped on all (`applied`)."""
+        boundary = self._engine.is_gradient_accumulation_boundary()
+        if boundary and not self.config.deepspeed.zero_stage and not self._is_finite():
+            self._engine.zero_grad()
+            self._engine.micro_steps += 1
+            self.applied = False
+            return
         self._engine.step()
-        return boundary
+        if boundary:
+            self.applied = self._engine.was_step_applied()
+
+    def _is_finite(self) -> bool:
+        """Whether all gradients are numbers, which DeepSpeed asks itself at every stage but 0; alike on all ranks there."""
+        gradients = [p.grad for _, p in self._trained() if p.grad is not None]
+        return bool(torch.stack(torch._foreach_norm(gradients)).sum().isfinite())
 
     def set_lr(self, lr: float) -> None:
         for group in self._optimizer.param_groups:
@@ -120,11 +138,96 @@ class Engine:
 
     def master_partitions(self) -> list[Tensor]:
         """This rank's own part of the fp32 weights, flat (ZeRO 1-3), or the weights themselves (stage 0)."""
-        optimizer = self._engine.optimizer
-        for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
-            if hasattr(optimizer, name):
-                return list(getattr(optimizer, name))
-        return [p.data for p in self.module.parameters() if p.requires_grad]
+        for name in _MASTERS:
+            if hasattr(self._zero, name):
+                return list(getattr(self._zero, name))
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+    def fragments(self) -> list[Fragment]:
+        """Which stretch of which parameter lies where in `master_partitions`."""
+        stage = self.config.deepspeed.zero_stage
+        return [one for name, p in self._trained() for one in _FRAGMENTS[stage](self._zero, name, p, self._place)]
+
+    def own_fragments(self) -> list[Fragment]:
+        """`fragments`, where ranks hold the same: the share that is this rank's to write."""
+        found = self.fragments()
+        if self.config.deepspeed.zero_stage:
+            return found
+        return [one.part(dist.get_rank(), dist.get_world_size()) for one in found]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of each trained parameter, whole."""
+        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._trained()}
+
+    def optimizer_states(self) -> tuple[dict[str, list[Tensor]], dict[str, float]]:
+        """The optimizer's tensors by name, a list like `master_partitions` each, and its numbers; none before its first step."""
+        found = [self._optimizer_state(flat) for flat in self.master_partitions()]
+        tensors = {key: [one[key] for one in found] for key, value in found[0].items() if _is_like(value, found, key)}
+        numbers = {key: float(value) for key, value in found[0].items() if _is_number(value)}
+        return tensors, numbers
+
+    def snapshot(self, average: Sequence[Tensor] = ()) -> Snapshot:
+        """A copy of this rank's share of weights and optimizer, and of an average that is cut like the weights."""
+        tensors, numbers = self.optimizer_states()
+        held: dict[str, Sequence[Tensor]] = {partitions.WEIGHT: self.master_partitions(), **tensors}
+        if average:
+            held[partitions.EMA] = average
+        return partitions.take(self.own_fragments(), held, numbers)
+
+    def restore(self, pieces: Pieces) -> None:
+        """Take weights and optimizer over from a checkpoint of any world size and ZeRO stage. Collective.
+
+        Raises ArtifactError where it is of another network, or of another optimizer.
+        """
+        partitions.require_same(pieces, self.shapes)
+        fragments, masters = self.fragments(), self.master_partitions()
+        partitions.restore(pieces, partitions.WEIGHT, fragments, masters)
+        for state in pieces.states:
+            if state in (partitions.WEIGHT, partitions.EMA):
+                continue
+            flats = [self._optimizer_state(flat).setdefault(state, torch.zeros_like(flat.data)) for flat in masters]
+            partitions.restore(pieces, state, fragments, flats)
+        for key, value in pieces.scalars.items():
+            if key not in self._optimizer_numbers:
+                continue
+            for flat in masters:
+                where = flat.device if self._base.defaults.get("fused") else "cpu"
+                self._optimizer_state(flat)[key] = torch.tensor(value, dtype=torch.float32, device=where)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Make the weights that the network computes with from `master_partitions`. Collective."""
+        if hasattr(self._zero, "update_lp_params"):
+            self._zero.update_lp_params()
+        elif self.config.deepspeed.zero_stage == 3:
+            for number in range(len(self._zero.fp32_partitioned_groups_flat)):
+                self._zero._reassign_or_swap_out_partitioned_parameters(number)
+            if self._zero.persistent_parameters:
+                self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
+
+    @property
+    def _zero(self) -> Any:
+        """DeepSpeed's optimizer; at stage 0 the plain one."""
+        return self._engine.optimizer
+
+    @property
+    def _base(self) -> torch.optim.Optimizer:
+        """The optimizer that DeepSpeed wraps."""
+        return getattr(self._zero, "optimizer", self._zero)
+
+    _optimizer_numbers = ("step",)
+
+    def _optimizer_state(self, flat: Tensor) -> dict[str, Any]:
+        return self._base.state[flat]
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
+
+    @functools.cached_property
+    def _place(self) -> dict[int, int]:
+        """Number of each parameter among the trained ones, by identity."""
+        return {id(p): number for number, (_, p) in enumerate(self._trained())}
 
     def full_state(self) -> dict[str, Tensor]:
         """The whole fp32 state dict on the CPU, gathered from all ranks. Collective: every rank must call it."""
@@ -137,26 +240,50 @@ class Engine:
             state[name] = full.detach().float().cpu().clone()
         return state
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Write this rank's part of a checkpoint below a local folder. Collective."""
-        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
-
-    def load(self, folder: Path, tag: str) -> None:
-        """Read a checkpoint that `save` wrote, whose manifest was verified. Collective.
-
-        Raises ArtifactError where DeepSpeed finds nothing there: it would train on from scratch.
-        """
-        path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
-        if path is None:
-            raise ArtifactError(
-                "DeepSpeed could not read the checkpoint.",
-                where=str(folder),
-                mend="Remove it; the one before is used then.",
-            )
-
     def close(self) -> None:
         """Free what the engine holds, so that another can be built in this process."""
         self._engine.destroy()
+
+
+def _whole(zero: Any, name: str, p: nn.Parameter, place: Mapping[int, int]) -> Iterator[Fragment]:
+    """Stage 0: every rank holds every parameter."""
+    yield Fragment(name=name, shape=tuple(p.shape), start=0, numel=p.numel(), partition=place[id(p)], offset=0)
+
+
+def _of_flat_groups(zero: Any, name: str, p: nn.Parameter, place: Mapping[int, int]) -> Iterator[Fragment]:
+    """Stages 1 and 2: groups of parameters, flattened one after another and cut into one part per rank."""
+    mapping = getattr(p, "_hp_mapping", None)
+    if mapping is not None:
+        here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+        yield Fragment(
+            name=name,
+            shape=tuple(p.shape),
+            start=here.start,
+            numel=here.numel,
+            partition=mapping.param_group_index,
+            offset=there.start,
+        )
+
+
+def _of_each(zero: Any, name: str, p: Any, place: Mapping[int, int]) -> Iterator[Fragment]:
+    """Stage 3: each parameter cut into one part per rank, the last one padded."""
+    partition, offset, size = zero.grad_position[zero.get_param_id(p)]
+    start = size * zero._get_param_partition_rank(p)
+    numel = max(min(size, p.ds_numel - start), 0)
+    yield Fragment(name=name, shape=tuple(p.ds_shape), start=start, numel=numel, partition=partition, offset=offset)
+
+
+_MASTERS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
+"""Where DeepSpeed keeps its fp32 weights: stages 1 and 2, stage 3."""
+_FRAGMENTS = {0: _whole, 1: _of_flat_groups, 2: _of_flat_groups, 3: _of_each}
+
+
+def _is_like(value: Any, states: list[dict[str, Any]], key: str) -> bool:
+    return torch.is_tensor(value) and value.ndim > 0 and all(key in one for one in states)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or (torch.is_tensor(value) and value.ndim == 0)
 
 
 def _adamw(parameters: list[nn.Parameter], config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,16 +17,18 @@ from latentray.data.lines import Reading
 from latentray.data.ordering import Cursor, Order, SampleSet, Whole
 from latentray.data.pipeline import OrderedSource
 from latentray.data.shards import IndexedShards
+from latentray.errors import ConfigError
 from latentray.records import LatentBatch, PictureBatch, Traffic
 from latentray.tracking import names
 
+Shape = tuple[int, int]
+"""(height, width), pixels."""
 _CHUNK_BYTES = 8 << 20
-_KINDS = {"autoencoder": "dataset", "diffusion": latents.KIND}
 
 
 def uris(config: Train) -> list[str]:
     """The training splits of a run's data sets, in the mixture's order."""
-    one = config.data if config.stage.name == "autoencoder" else config.latents
+    one = config.data if config.reads_pictures else config.latents
     named = [ingredient.uri for ingredient in config.mixture.of] or [one or ""]
     return [store.join(store.absolute(uri), "train") for uri in named]
 
@@ -37,33 +40,37 @@ class Feed:
     sets: tuple[IndexedShards, ...]
     order: Order
     buckets: tuple[Bucket, ...]
-    """Shapes of stage 1's batches; none where all pictures become squares of one size."""
+    """What batches are of; none where all have one shape."""
+    shapes: tuple[Shape, ...]
+    """Of each bucket, or of all batches."""
     skip_damaged: bool
     read_ahead: int
 
     @classmethod
-    def open(cls, config: Train) -> Feed:
-        """Raises as IndexedShards.open, and ConfigError where order and data do not fit."""
-        fetch = config.fetch
+    def open(cls, config: Train, *, encoded_by: Sequence[str] = ()) -> Feed:
+        """Open a run's data sets.
+
+        Args:
+            encoded_by: fingerprints of what encodes pictures online: a cursor holds with these encoders only, as that of
+                stored latents does.
+
+        Raises as IndexedShards.open, and ConfigError where order and data do not fit.
+        """
+        fetch, kind = config.fetch, "dataset" if config.reads_pictures else latents.KIND
         sets = tuple(
-            IndexedShards.open(
-                uri, kind=_KINDS[config.stage.name], cache_bytes=fetch.cache_bytes, budget_s=fetch.budget_s
-            )
+            IndexedShards.open(uri, kind=kind, cache_bytes=fetch.cache_bytes, budget_s=fetch.budget_s)
             for uri in uris(config)
         )
-        buckets = _buckets(config)
+        shapes = [(config.size, config.size)] if config.reads_pictures else stored_shapes(sets)
+        buckets = _buckets(config, shapes)
         return cls(
             sets=sets,
-            order=_order(config, sets, buckets),
+            order=_order(config, sets, buckets, encoded_by),
             buckets=buckets,
+            shapes=tuple((one.height, one.width) for one in buckets) or tuple(shapes),
             skip_damaged=config.damage.policy == "skip",
             read_ahead=fetch.read_ahead,
         )
-
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """(height, width) of each bucket."""
-        return [(one.height, one.width) for one in self.buckets]
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -133,21 +140,37 @@ class Ledger:
         return totals.tolist()
 
 
-def _buckets(config: Train) -> tuple[Bucket, ...]:
+def stored_shapes(sets: Sequence[IndexedShards]) -> list[Shape]:
+    """The shapes that stores of latents hold between them, ascending: those of their buckets, or the square of each."""
+    described = [latents.describe(one.uri, one.manifest) for one in sets]
+    return sorted({shape for one in described for shape in one.buckets or ((one.size, one.size),)})
+
+
+def _buckets(config: Train, stored: Sequence[Shape]) -> tuple[Bucket, ...]:
+    """Of pictures as the settings say; of stored latents those of their shapes, the largest in batches of the usual size."""
     wanted = config.buckets
-    if not wanted.sizes:
+    if wanted.sizes:
+        return buckets.table(
+            wanted.sizes,
+            step=wanted.step,
+            max_aspect=wanted.max_aspect,
+            pixel_budget=config.global_batch_size * config.size**2,
+            multiple=wanted.multiple,
+        )
+    if len(stored) == 1:
         return ()
-    return buckets.table(
-        wanted.sizes,
-        step=wanted.step,
-        max_aspect=wanted.max_aspect,
-        pixel_budget=config.global_batch_size * config.size**2,
-        multiple=wanted.multiple,
-    )
+    largest = max(height * width for height, width in stored)
+    return buckets.table_of(stored, pixel_budget=config.global_batch_size * largest, multiple=wanted.multiple)
 
 
-def _order(config: Train, sets: tuple[IndexedShards, ...], shapes: tuple[Bucket, ...]) -> Order:
+def _order(
+    config: Train, sets: Sequence[IndexedShards], shapes: tuple[Bucket, ...], encoded_by: Sequence[str]
+) -> Order:
     wanted = config.order
+    if shapes and wanted.streams:
+        raise ConfigError(
+            "With buckets each batch size has its own streams.", where="order.streams", mend="Leave it null."
+        )
     reading = Reading(
         chunk=wanted.chunk or _chunk(sets),
         depth=wanted.depth,
@@ -155,8 +178,11 @@ def _order(config: Train, sets: tuple[IndexedShards, ...], shapes: tuple[Bucket,
         drop_remainder=wanted.drop_remainder,
     )
     batches = tuple(one.batch for one in shapes) or (config.global_batch_size,)
+    placing = buckets.assign if config.reads_pictures else buckets.exact
+    digests = [store.digest_of([one.digest, *encoded_by]) if encoded_by else one.digest for one in sets]
     members: list[SampleSet] = [
-        Bucketed(one.index, one.digest, shapes) if shapes else Whole(one.count, one.digest) for one in sets
+        Bucketed(one.index, digest, shapes, placing) if shapes else Whole(one.count, digest)
+        for one, digest in zip(sets, digests, strict=True)
     ]
     if len(members) == 1:
         return Order((members[0],), config.seed, batches, reading)
@@ -166,7 +192,7 @@ def _order(config: Train, sets: tuple[IndexedShards, ...], shapes: tuple[Bucket,
     return Order.mixture(members, weights, config.seed, batches, reading)
 
 
-def _chunk(sets: tuple[IndexedShards, ...]) -> int:
+def _chunk(sets: Sequence[IndexedShards]) -> int:
     """Samples that are read together: one from local disks, several MiB of them where a request has a latency."""
     if not any(one.is_remote for one in sets):
         return 1

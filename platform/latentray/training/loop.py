@@ -1,31 +1,35 @@
-"""The loop of one worker. It knows no Ray: what to do at a checkpoint it is told by a callback."""
+"""The loop of one worker. It knows no Ray: what is told at a checkpoint, and who is preempted, it asks its hooks."""
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from latentray.checkpoint import store
-from latentray.config import compose
+from latentray.checkpoint import manifest
 from latentray.data.ordering import Cursor
-from latentray.errors import TrainingFailed
+from latentray.errors import FingerprintMismatch, StorageFailed, TrainingFailed
 from latentray.reporting.progress import Progress
 from latentray.tracking import names
-from latentray.training import checkpoint, export
+from latentray.training import checkpoint, export, policies
+from latentray.training.checkpoint import Checkpoints, Saved
+from latentray.training.clock import CAUSES, CHECKPOINTS, Clock
 from latentray.training.ema import EMA
 from latentray.training.engine import Engine
 from latentray.training.feed import Feed, Ledger
+from latentray.training.guard import Guard
+from latentray.training.policies import Answer
 from latentray.training.stage1 import AutoencoderStage
 from latentray.training.stage2 import DiffusionStage
 from latentray.training.state import Worker
+from latentray.training.stopping import Stop
 from latentray.training.telemetry import Telemetry
+from latentray.training.watchdog import Watchdog
 
 STAGES: dict[str, Callable[[Worker], Stage]] = {"autoencoder": AutoencoderStage, "diffusion": DiffusionStage}
 
@@ -50,126 +54,221 @@ class Stage(Protocol):
     def finish(self, ema: EMA) -> export.Exported | None: ...
 
 
-def run(worker: Worker, *, on_checkpoint: Callable[[str, int], None] = lambda uri, step: None) -> None:
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """What the surroundings of a worker are told, and asked."""
+
+    on_checkpoint: Callable[[str, int], None] = lambda uri, step: None
+    """Called on every rank with the URI and step of each checkpoint that was begun."""
+    preempted: Callable[[], bool] = lambda: False
+    """Whether a node is about to be taken away; asked on every rank equally often, whenever something is logged."""
+
+
+def run(worker: Worker, hooks: Hooks = Hooks()) -> bool:
     """Train from the newest valid checkpoint, or from the start, to the end, and export the result.
 
-    Args:
-        on_checkpoint: called on every rank with the URI and step of each committed checkpoint.
-
-    Raises TrainingFailed where the loss stops being a number; FingerprintMismatch where the checkpoints belong to other
-    settings.
+    False where it was asked to stop, which leaves a checkpoint. Raises TrainingFailed where steps are dropped, or weights
+    are no numbers, more often than `faults` allows; StorageFailed where checkpoints cannot be written any more;
+    FingerprintMismatch or ArtifactError where the run's checkpoints cannot be continued.
     """
-    config = worker.config
-    stage = STAGES[config.stage.name](worker)
-    ema = EMA(stage.engine, half_life_samples=config.ema_half_life_samples)
-    fingerprint = _fingerprint(worker)
-    cursor = _resume(worker, stage, ema, fingerprint)
-    first = cursor.step if cursor else 0
-    order = stage.feed.order
-    ledger = Ledger(
-        stage.feed,
-        allowed=config.damage.max_bad_fraction,
-        device=worker.device,
-        damaged_before=cursor.damaged if cursor else 0,
-    )
-    _, accumulation = config.micro_and_accumulation(worker.world)
-    last = order.steps_to(config.total_samples)
-    begun, total = order.samples_before(first), order.samples_before(last)
-    telemetry = Telemetry(worker, facts=stage.facts, resumed_at=begun)
-    progress = Progress(total, config.stage.name, start_samples=begun) if worker.leads else None
-
-    def save(step: int) -> None:
-        telemetry.upload()  # before the checkpoint: a run that continues from it finds every line up to it
-        cursor = order.cursor(step, damaged=ledger.damaged()).to_dict()
-        uri = checkpoint.save(
-            worker,
-            stage.engines,
-            ema,
-            cursor=cursor,
-            inputs=stage.inputs,
-            config=compose.to_dict(config),
-            fingerprint=fingerprint,
-        )
-        on_checkpoint(uri, step)
-
-    batches = stage.batches(first, last)
+    stop = Stop(worker.out, leads=worker.leads)
+    watchdog = Watchdog(worker, worker.config.faults, poll=stop.poll)
     try:
-        for step in range(first, last):
-            asked = time.perf_counter()
-            batch = next(batches)
-            waited = time.perf_counter() - asked
-            ledger.note(batch)
-            samples, seen = order.samples_before(step), order.samples_before(step + 1)
-            lr = config.optimizer.lr_at(seen, total)
-            for engine in stage.engines.values():
-                engine.set_lr(lr)
-            metrics = [stage.step(part, samples) for part in stage.micro_batches(batch, len(batch.ids) // accumulation)]
-            ema.update(seen - samples)
-            telemetry.step(metrics, data_wait=waited, seconds=time.perf_counter() - asked)
-            if _crossed(samples, seen, config.log_every_samples) or step == last - 1:
-                about = {
-                    names.TRAIN_LEARNING_RATE: lr,
-                    names.TRAIN_GRADIENT_NORM: stage.engine.gradient_norm,
-                    names.TRAIN_EPOCH: min(order.epochs_before(step + 1)),
-                } | ledger.figures()
-                logged = telemetry.flush(seen, about)
-                if progress is not None:
-                    progress.update(
-                        seen,
-                        loss=logged[names.TRAIN_LOSS],
-                        samples_per_second=logged[names.TRAIN_SAMPLES_PER_SECOND],
-                        data_wait_share=logged[names.TRAIN_DATA_WAIT_SHARE],
-                    )
-                _require_finite(logged[names.TRAIN_LOSS], seen)
-            if config.checkpoint_every_samples and _crossed(samples, seen, config.checkpoint_every_samples):
-                save(step + 1)
-        if progress is not None:
-            progress.close()
-        _take_idle_threads(worker)
-        exported = stage.finish(ema)
-        if exported is not None:
-            telemetry.exported(exported, samples=total)
+        with stop.on_signal():
+            return _Loop(worker, hooks, stop, watchdog).run()
     finally:
-        telemetry.close()
-        for engine in stage.engines.values():
-            engine.close()
+        watchdog.close()
 
 
-def _take_idle_threads(worker: Worker) -> None:
-    """Rank 0 measures and exports alone: the threads of its node's other ranks are free for it."""
-    if worker.leads and worker.device.type == "cpu":
-        torch.set_num_threads(torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+class _Loop:
+    """One attempt of a run."""
+
+    def __init__(self, worker: Worker, hooks: Hooks, stop: Stop, watchdog: Watchdog) -> None:
+        self.worker, self.config, self.hooks = worker, worker.config, hooks
+        self.stop, self.watchdog = stop, watchdog
+        self.stage = STAGES[self.config.stage.name](worker)
+        self.ema = EMA(self.stage.engine, half_life_samples=self.config.ema_half_life_samples)
+        others = [engine for engine in self.stage.engines.values() if engine is not self.stage.engine]
+        self.guard = Guard(self.stage.engine, others, self.config.faults, world=worker.world)
+        self.checkpoints = Checkpoints(worker, self.stage.engines, self.ema, inputs=self.stage.inputs)
+        self.saved = self.checkpoints.restore()
+        cursor = Cursor.from_dict(self.saved.cursor) if self.saved else None
+        self.first = self._resume_data(cursor) if cursor else 0
+        self.order = self.stage.feed.order
+        self.ledger = Ledger(
+            self.stage.feed,
+            allowed=self.config.damage.max_bad_fraction,
+            device=worker.device,
+            damaged_before=cursor.damaged if cursor else 0,
+        )
+        self.last = self.order.steps_to(self.config.total_samples)
+        self.accumulation = self.config.micro_and_accumulation(worker.world)[1]
+        begun, self.total = self.order.samples_before(self.first), self.order.samples_before(self.last)
+        self.telemetry = Telemetry(worker, facts=self.stage.facts, resumed_at=begun)
+        self.progress = Progress(self.total, self.config.stage.name, start_samples=begun) if worker.leads else None
+        self.clock = Clock.begin()
+        self.dropped = self.dropped_in_a_row = self.rollbacks = 0
+        if worker.leads and self.saved is not None:
+            print(_resumed(self.saved), flush=True)
+
+    def _resume_data(self, cursor: Cursor) -> int:
+        """The step to go on at. Other data, where that is allowed, go on after as many samples of their own order."""
+        assert self.saved is not None
+        try:
+            self.stage.feed = self.stage.feed.resumed(cursor)
+        except FingerprintMismatch:
+            if "data" not in self.config.resume.allow:
+                raise
+            return self.stage.feed.order.steps_to(self.saved.samples)
+        return cursor.step
+
+    def run(self) -> bool:
+        try:
+            finished = self._steps()
+            if self.progress is not None:
+                self.progress.close()
+            self.watchdog.at(self.last, watched=False)
+            self.checkpoints.wait()
+            if finished:
+                self._finish()
+            return finished
+        finally:
+            self.telemetry.close()
+            for engine in self.stage.engines.values():
+                engine.close()
+
+    def _steps(self) -> bool:
+        """The steps that are left; False where the run was asked to stop."""
+        batches = self.stage.batches(self.first, self.last)
+        self.clock = Clock.resume(self.saved.clock) if self.saved else Clock.begin()
+        for step in range(self.first, self.last):
+            self.watchdog.at(step if step > self.first else -1)
+            samples, seen = self.order.samples_before(step), self.order.samples_before(step + 1)
+            lr = self.config.optimizer.lr_at(seen, self.total)
+            stopping = self._step(batches, samples, seen, lr)
+            logs = _crossed(samples, seen, self.config.log_every_samples) or step == self.last - 1
+            if logs:
+                self._log(step, seen, lr)
+            due = _crossed(samples, seen, self.config.checkpoint_every_samples)
+            if stopping or due or (logs and self.hooks.preempted()):
+                self._save(step + 1)
+            if stopping:
+                if self.worker.leads:
+                    print(f"stopped at {seen} samples, as asked; a checkpoint is being written", flush=True)
+                return False
+        return True
+
+    def _step(self, batches: Iterator[Any], samples: int, seen: int, lr: float) -> bool:
+        """One global batch; True where a rank was asked to stop."""
+        asked = time.perf_counter()
+        batch = next(batches)
+        waited = time.perf_counter() - asked
+        self.ledger.note(batch)
+        for engine in self.stage.engines.values():
+            engine.set_lr(lr)
+        self.guard.tell(stop=self.stop.asked, failed=self.checkpoints.failed)
+        size = len(batch.ids) // self.accumulation
+        metrics = [self.stage.step(part, samples) for part in self.stage.micro_batches(batch, size)]
+        applied, stopping, failed = self.guard.after_step()
+        if failed:
+            self.checkpoints.give_up()
+        if applied:
+            self.ema.update(seen - samples)
+        seconds = time.perf_counter() - asked
+        self.telemetry.step(metrics if applied else [], data_wait=waited, seconds=seconds)
+        self.clock.step(seconds=seconds, data_s=waited, applied=applied)
+        self._mind_drops(applied, seen)
+        return stopping
+
+    def _mind_drops(self, applied: bool, seen: int) -> None:
+        """After so many dropped steps in a row, go back to the last checkpoint's weights; the data goes on where it is."""
+        self.dropped += not applied
+        self.dropped_in_a_row = 0 if applied else self.dropped_in_a_row + 1
+        if applied:
+            return
+        if self.worker.leads and self.dropped_in_a_row == 1:
+            print(f"step dropped before {seen} samples: a loss or gradient is no number, or far off", flush=True)
+        answer = policies.after_dropped_step(self.dropped_in_a_row, self.rollbacks, self.config.faults)
+        if answer is not Answer.GO_ON:
+            self._roll_back(answer, f"{self.dropped_in_a_row} steps in a row were dropped", seen)
+
+    def _roll_back(self, answer: Answer, why: str, seen: int) -> None:
+        found = self.checkpoints.restore() if answer is Answer.ROLL_BACK else None
+        if found is None:
+            raise TrainingFailed(
+                f"At {seen} samples {why}, and the run went back {self.rollbacks} times before.",
+                where="train/loss",
+                mend="Resume with a lower optimizer.lr or a larger batch, or look at the data that was read there.",
+            )
+        self.rollbacks += 1
+        self.dropped_in_a_row = 0
+        self.clock.rolled_back(found.clock)
+        if self.worker.leads:
+            print(f"{why}: back to the weights of {found.uri}; the data goes on at {seen} samples", flush=True)
+
+    def _log(self, step: int, seen: int, lr: float) -> None:
+        now = time.time()
+        about = {
+            names.TRAIN_LEARNING_RATE: lr,
+            names.TRAIN_GRADIENT_NORM: self.stage.engine.gradient_norm,
+            names.TRAIN_EPOCH: min(self.order.epochs_before(step + 1)),
+            names.TRAIN_DROPPED_STEPS: self.dropped,
+            names.TRAIN_ROLLBACKS: self.rollbacks,
+            names.RUN_GOODPUT: self.clock.goodput(now),
+            names.RUN_RESTARTS: self.clock.restarts,
+            names.CHECKPOINT_STALL_SECONDS: self.checkpoints.stalled_s,
+        } | self.ledger.figures()
+        shares = self.clock.shares(now)
+        about |= {names.lost_to(cause): shares[cause] for cause in CAUSES}
+        if self.checkpoints.written_at is not None:
+            about[names.CHECKPOINT_AGE_SECONDS] = now - self.checkpoints.written_at
+        logged = self.telemetry.flush(seen, about)
+        if self.progress is not None:
+            self.progress.update(
+                seen,
+                loss=logged.get(names.TRAIN_LOSS),
+                samples_per_second=logged[names.TRAIN_SAMPLES_PER_SECOND],
+                data_wait_share=logged[names.TRAIN_DATA_WAIT_SHARE],
+                checkpoint_age=logged.get(names.CHECKPOINT_AGE_SECONDS),
+                restarts=self.clock.restarts,
+            )
+
+    def _save(self, step: int) -> None:
+        """Save the state before `step`, unless it is no state to go on from."""
+        if not checkpoint.is_finite(self.stage.engines, self.ema, self.worker.device):
+            answer = policies.after_broken_weights(self.rollbacks, self.config.faults)
+            self._roll_back(answer, "the weights were no numbers any more", self.order.samples_before(step))
+            return
+        self.telemetry.upload()  # before the checkpoint: a run that continues from it finds every line up to it
+        cursor = self.order.cursor(step, damaged=self.ledger.damaged()).to_dict()
+        samples = self.order.samples_before(step)
+        before = self.checkpoints.stalled_s
+        uri = self.checkpoints.save(cursor=cursor, samples=samples, clock=self.clock.to_dict())
+        self.clock.lose(CHECKPOINTS, self.checkpoints.stalled_s - before)
+        failures = self.checkpoints.failures
+        if policies.after_failed_checkpoint(failures, self.config.faults) is Answer.STOP:
+            raise StorageFailed(
+                f"{failures} checkpoints in a row could not be written.",
+                where=self.worker.out,
+                mend="Mend the storage, and resume the run; or allow more (faults.failed_checkpoints).",
+            )
+        self.hooks.on_checkpoint(uri, step)
+
+    def _finish(self) -> None:
+        if self.worker.leads and self.worker.device.type == "cpu":
+            # Rank 0 measures and exports alone: the threads of its node's other ranks are free for it.
+            torch.set_num_threads(torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        exported = self.stage.finish(self.ema)
+        if exported is not None:
+            self.telemetry.exported(exported, samples=self.total)
 
 
-def _resume(worker: Worker, stage: Stage, ema: EMA, fingerprint: str) -> Cursor | None:
-    """Load the newest valid checkpoint and go on with its place in the data; None where there is none."""
-    found: list[checkpoint.Saved | None] = [checkpoint.newest(worker.out) if worker.leads else None]
-    dist.broadcast_object_list(found, src=0)
-    saved = found[0]
-    if saved is None:
-        return None
-    checkpoint.restore(worker, saved, stage.engines, ema, fingerprint=fingerprint)
-    cursor = Cursor.from_dict(saved.cursor)
-    stage.feed = stage.feed.resumed(cursor)
-    if worker.leads:
-        print(f"resumed from {saved.uri} at step {cursor.step}", flush=True)
-    return cursor
-
-
-def _fingerprint(worker: Worker) -> str:
-    """What a checkpoint must share with the run that continues it: the networks and what they learn."""
-    config = compose.to_dict(worker.config)
-    return store.digest_of({key: config[key] for key in ("stage", "autoencoder", "denoiser", "objective")})
+def _resumed(saved: Saved) -> str:
+    """What rank 0 says of where a run goes on; another commit may train otherwise, so it is told."""
+    then, now = saved.manifest.git_commit, manifest.git_commit()
+    other = f" (written by commit {then[:10]}, this is {now[:10]})" if then and now and then != now else ""
+    return f"resumed from {saved.uri} at step {saved.step}{other}"
 
 
 def _crossed(before: int, after: int, every: int) -> bool:
     return every > 0 and before // every != after // every
-
-
-def _require_finite(loss: float, samples: int) -> None:
-    if not math.isfinite(loss):
-        raise TrainingFailed(
-            f"The loss is {loss} after {samples} samples.",
-            where="train/loss",
-            mend="Resume from the last checkpoint with a lower optimizer.lr, or check the data.",
-        )

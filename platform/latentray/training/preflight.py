@@ -8,28 +8,33 @@ import torch
 
 from latentray import build, tracking
 from latentray.checkpoint import store
+from latentray.config import compose
 from latentray.config.train import Train
-from latentray.errors import FingerprintMismatch
 from latentray.training import checkpoint, inputs
 
 
 def check(config: Train, out: str) -> dict[str, str]:
     """Check everything that can be known without a worker; the digests of the inputs."""
     tracking.check(config.tracking)
+    for world in worlds_of(config):
+        config.require_divisible(world)
     found = inputs.check(config, world_of(config))
     store.require_space(out, bytes_needed(config))
-    saved = checkpoint.newest(out)
-    if saved is not None and saved.manifest.meta["world"] != world_of(config):
-        raise FingerprintMismatch(
-            f"The run was begun with {saved.manifest.meta['world']} workers, now there are {world_of(config)}.",
-            where=saved.uri,
-            mend=f"Set cluster.workers={saved.manifest.meta['world']}, or begin a new run.",
-        )
+    saved = checkpoint.candidates(out)
+    if saved:
+        checkpoint.require_like(saved[0], compose.to_dict(config), found, config.resume.allow)
     return found
 
 
 def world_of(config: Train) -> int:
     return config.cluster.workers if config.cluster.kind == "ray" else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def worlds_of(config: Train) -> range:
+    """Every number of workers that the run may have."""
+    most = world_of(config)
+    fewest = config.cluster.min_workers if config.cluster.kind == "ray" else None
+    return range(fewest or most, most + 1)
 
 
 def bytes_needed(config: Train) -> int:

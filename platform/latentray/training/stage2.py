@@ -1,26 +1,34 @@
-"""Stage 2: the denoiser, trained on stored latents and embedded captions (Rombach et al. 2022, equation 3)."""
+"""Stage 2: the denoiser, trained on latents and embedded captions (Rombach et al. 2022, equation 3)."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from latentray import build, randomness
-from latentray.data import latents
-from latentray.data.latent_batches import latent_batches
 from latentray.diffusion import losses, schedules, timesteps
 from latentray.models.autoencoder import Posterior
-from latentray.models.unet import UNet
 from latentray.randomness import Purpose, mix
-from latentray.records import LatentBatch
+from latentray.records import LatentBatch, PictureBatch
 from latentray.tracking import names
-from latentray.training import export
+from latentray.training import export, latent_supply, model_export
 from latentray.training.ema import EMA
 from latentray.training.engine import Engine
-from latentray.training.feed import Feed
 from latentray.training.state import Worker
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class MicroBatch:
+    """What a worker takes at once, and its place in the global batch: with buckets these differ in size."""
+
+    latents: LatentBatch
+    slots: range
+    """Positions of its samples in the global batch."""
+    of: int
+    """Samples in the global batch."""
 
 
 class DiffusionStage:
@@ -29,45 +37,44 @@ class DiffusionStage:
     def __init__(self, worker: Worker) -> None:
         config = worker.config
         self.worker, self.stage, self.objective = worker, config.stage, config.objective
-        self.feed = Feed.open(config)
-        self.inputs = self.feed.inputs
-        first = self.feed.sets[0]
-        self.store = latents.describe(first.uri, first.manifest)
+        self.source = latent_supply.open_source(config, worker.device)
+        self.space, self.feed = self.source.space, self.source.feed
+        self.inputs, self.facts = self.source.inputs, self.space.facts
         self.schedule = schedules.build(config.objective)
-        net = build.seeded(lambda: UNet(config.denoiser), config.seed)
+        net = build.seeded(lambda: build.denoiser(config.denoiser), config.seed)
         self.engine = Engine(net, config, world=worker.world, device=worker.device)
         self.engines = {"denoiser": self.engine}
-        self.empty = self.store.empty_prompt().to(worker.device, torch.float32)
+        self.empty = self.space.empty.to(worker.device, torch.float32)
 
-    @property
-    def facts(self) -> dict[str, object]:
-        return {"autoencoder": self.store.autoencoder_fingerprint, "text_encoder": self.store.text_fingerprint}
-
-    def batches(self, first_step: int, last_step: int) -> Iterator[LatentBatch]:
+    def batches(self, first_step: int, last_step: int) -> Iterator[LatentBatch] | Iterator[PictureBatch]:
         worker = self.worker
-        return latent_batches(
-            self.feed.source(rank=worker.rank, world=worker.world, first_step=first_step, last_step=last_step),
-            encoder=self.store.encoder,
-            workers=worker.config.loader_workers,
+        return self.source.batches(
+            self.feed.source(rank=worker.rank, world=worker.world, first_step=first_step, last_step=last_step)
         )
 
-    def micro_batches(self, batch: LatentBatch, size: int) -> Iterator[LatentBatch]:
-        first = self.worker.config.global_batch_size * self.worker.rank // self.worker.world
-        for i in range(0, len(batch.ids), size):
+    def micro_batches(self, batch: LatentBatch | PictureBatch, size: int) -> Iterator[MicroBatch]:
+        """Cut this rank's slice of a global batch; pictures are encoded first, all of them."""
+        latents = self.source.latents(batch)
+        share = len(latents.ids)
+        first = self.worker.rank * share
+        for i in range(0, share, size):
             part = slice(i, i + size)
-            yield LatentBatch(
-                first_slot=first + i,
-                mean_BChw=batch.mean_BChw[part],
-                logvar_BChw=batch.logvar_BChw[part],
-                text=batch.text.rows(part),
-                ids=batch.ids[part],
-                weight_B=batch.weight_B[part],
-                size_B6=None if batch.size_B6 is None else batch.size_B6[part],
+            yield MicroBatch(
+                latents=LatentBatch(
+                    mean_BChw=latents.mean_BChw[part],
+                    logvar_BChw=latents.logvar_BChw[part],
+                    text=latents.text.rows(part),
+                    ids=latents.ids[part],
+                    weight_B=latents.weight_B[part],
+                    size_B6=None if latents.size_B6 is None else latents.size_B6[part],
+                ),
+                slots=range(first + i, first + i + size),
+                of=share * self.worker.world,
             )
 
-    def step(self, batch: LatentBatch, samples: int) -> dict[str, Tensor]:
+    def step(self, micro: MicroBatch, samples: int) -> dict[str, Tensor]:
         """Forward, backward and step on one micro-batch; metrics are means over it, detached."""
-        seed, device = self.worker.config.seed, self.worker.device
+        seed, device, batch = self.worker.config.seed, self.worker.device, micro.latents
 
         def keys(purpose: Purpose) -> Tensor:
             return randomness.keys_of(seed, purpose, batch.ids, device=device)
@@ -76,8 +83,8 @@ class DiffusionStage:
         if self.stage.latent == "draw":
             noise = randomness.normal(keys(Purpose.POSTERIOR), latent.shape[1:])
             latent = Posterior(mean_BChw=latent, logvar_BChw=batch.logvar_BChw.to(device)).draw(noise)
-        x0 = self.store.scale.normalise(latent)
-        u = self._spread(randomness.uniform(keys(Purpose.TIMESTEP)), batch, samples)
+        x0 = self.space.scale.normalise(latent)
+        u = self._spread(randomness.uniform(keys(Purpose.TIMESTEP)), micro, samples)
         t = timesteps.from_uniform(self.objective, self.schedule, u)
         noise = randomness.normal(keys(Purpose.NOISE), x0.shape[1:])
         if self.objective.offset_noise:
@@ -93,18 +100,15 @@ class DiffusionStage:
         self.engine.step()
         return {names.TRAIN_LOSS: loss.detach()}
 
-    def _spread(self, u_B: Tensor, batch: LatentBatch, samples: int) -> Tensor:
+    def _spread(self, u_B: Tensor, micro: MicroBatch, samples: int) -> Tensor:
         """The timestep draws of a micro-batch, spread over the global batch that begins at `samples`."""
-        size = self.worker.config.global_batch_size
-        slots = torch.arange(batch.first_slot, batch.first_slot + len(batch.ids))
-        shift = mix(self.worker.config.seed, Purpose.TIMESTEP_SHIFT, samples // size) * 2.0**-64
-        return timesteps.spread_over_batch(self.objective, u_B, slots, shift, size)
+        slots = torch.arange(micro.slots.start, micro.slots.stop)
+        shift = mix(self.worker.config.seed, Purpose.TIMESTEP_SHIFT, samples) * 2.0**-64
+        return timesteps.spread_over_batch(self.objective, u_B, slots, shift, micro.of)
 
     def finish(self, ema: EMA) -> export.Exported | None:
         """The model folder of the averaged weights; on rank 0 only, but every rank calls it."""
         state = ema.full_state()
-        return (
-            export.model(self.worker, state, self.store, inputs=self.inputs, facts=self.facts)
-            if self.worker.leads
-            else None
-        )
+        if not self.worker.leads:
+            return None
+        return model_export.model(self.worker, state, self.space, self.feed, inputs=self.inputs, facts=self.facts)

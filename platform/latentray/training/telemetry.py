@@ -50,7 +50,7 @@ class Telemetry:
         return folder
 
     def step(self, micro_batches: list[dict[str, Tensor]], *, data_wait: float, seconds: float) -> None:
-        """Take in one step; tensors stay on their device until the next flush."""
+        """Take in one step, without metrics where it was dropped; tensors stay on their device until the next flush."""
         for metrics in micro_batches:
             for name, value in metrics.items():
                 self._sums[name] = self._sums.get(name, torch.zeros_like(value, dtype=torch.float32)) + value.float()
@@ -61,9 +61,11 @@ class Telemetry:
     def flush(self, samples: int, about: Mapping[str, float]) -> dict[str, float]:
         """Means since the last flush, over all ranks, and what else there is to say; logged on rank 0. Collective."""
         order = sorted(self._sums)
-        means = torch.stack([self._sums[name] / self._counts[name] for name in order])
-        dist.all_reduce(means)
-        logged = dict(zip(order, (means / self.worker.world).tolist(), strict=True))
+        logged: dict[str, float] = {}
+        if order:  # none where every step was dropped
+            means = torch.stack([self._sums[name] / self._counts[name] for name in order])
+            dist.all_reduce(means)
+            logged = dict(zip(order, (means / self.worker.world).tolist(), strict=True))
         now = time.perf_counter()
         logged |= about
         logged[names.TRAIN_SAMPLES_PER_SECOND] = (samples - self._samples) / max(now - self._since, 1e-9)

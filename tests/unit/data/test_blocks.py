@@ -3,6 +3,7 @@
 import concurrent.futures
 import os
 import pickle
+import threading
 import time
 
 import numpy as np
@@ -120,3 +121,20 @@ def test_it_travels_to_a_loader_process(tmp_path):
     blocks = BlockCache(tmp_path, capacity_bytes=1000, budget_s=1.0)
     sent = pickle.loads(pickle.dumps(blocks))
     assert (sent.folder, sent.capacity, sent.budget_s, sent.block) == (tmp_path, 1000, 1.0, blocks.block)
+
+
+def test_threads_fetch_different_blocks_of_a_file_side_by_side_and_none_twice(tmp_path):
+    at_once = threading.Barrier(4, timeout=20)  # it opens only where four requests are on their way together
+    remote = Remote()
+
+    def together(uri: str, offset: int, length: int) -> bytes:
+        data = remote(uri, offset, length)
+        at_once.wait()
+        return data
+
+    blocks = cache(tmp_path, together)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        wanted = [0, 0, 64, 64, 128, 128, 192, 192]
+        got = list(pool.map(lambda offset: blocks.read("s3://b/a", len(CONTENT), offset, 64), wanted))
+    assert got == [CONTENT[offset : offset + 64] for offset in wanted]
+    assert sorted(remote.requests) == [(0, 64), (64, 64), (128, 64), (192, 64)]

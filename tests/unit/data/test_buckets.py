@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from latentray.data import buckets, index
 from latentray.data.buckets import Bucket, Bucketed
-from latentray.errors import ConfigError
+from latentray.errors import ConfigError, DataError
 
 
 def square_wide_tall(size: int = 64, batch: int = 4) -> tuple[Bucket, ...]:
@@ -42,7 +42,7 @@ def test_batches_have_about_equally_many_pixels():
     ("change", "where"),
     [
         ({"sizes": [100]}, "buckets.sizes"),
-        ({"pixel_budget": 1000}, "buckets.pixel_budget"),
+        ({"pixel_budget": 1000}, "buckets.multiple"),
         ({"sizes": [2048], "step": 8, "max_aspect": 8, "pixel_budget": 10**12}, "buckets.step"),
     ],
 )
@@ -62,6 +62,28 @@ def test_a_picture_goes_to_the_greatest_resolution_it_fills():
     table = (*square_wide_tall(64), *square_wide_tall(256))
     got = buckets.assign([63, 255, 256, 4000, 1024], [63, 255, 256, 4000, 256], table)
     assert got.tolist() == [0, 0, 3, 3, 4]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=30), st.randoms())
+def test_latents_go_to_the_bucket_of_their_very_shape(shapes, random):
+    table = buckets.table_of(random.sample(sorted(set(shapes)), len(set(shapes))), pixel_budget=1600, multiple=1)
+    height, width = np.array(shapes).T
+    got = [table[number] for number in buckets.exact(width, height, table)]
+    assert [(one.height, one.width) for one in got] == shapes
+    assert all(one.batch == 1600 // (one.height * one.width) for one in got)
+    with pytest.raises(DataError, match="41x41"):
+        buckets.exact([*width, 41], [*height, 41], table)
+
+
+def test_stored_shapes_share_a_budget_of_pixels():
+    made = buckets.table_of([(256, 256), (512, 512), (384, 640)], pixel_budget=96 * 512 * 512, multiple=24)
+    assert [one.batch for one in made] == [384, 96, 96]
+    assert [one.size for one in made] == [256, 512, 496]
+    with pytest.raises(ConfigError) as caught:
+        buckets.table_of([(512, 512)], pixel_budget=8 * 512 * 512, multiple=24)
+    assert caught.value.where == "buckets.multiple"
+    assert "global_batch_size" in caught.value.mend
 
 
 def write_index(path, shapes_by_shard):

@@ -1,10 +1,14 @@
 """Clips: the right frames at the right times from real files, and nothing hostile, damaged or too large is decoded."""
 
 import dataclasses
+import gc
 import io
+import os
 import resource
+import signal
 import socket
 import struct
+import time
 from fractions import Fraction
 
 import av
@@ -431,3 +435,26 @@ def test_other_tensors_are_no_frames():
         assert caught.value.reason == reason
     with pytest.raises(DataError, match="no clip"):
         clips.read_clip({"__key__": "a", "__url__": "x.tar", "json": {}})
+
+
+def test_a_forked_process_can_throw_away_what_this_one_decoded():
+    """Loader workers are forked; a converter's threads would not be there, and freeing it would wait for them without end."""
+    with av.open(io.BytesIO(MP4)) as container:
+        kept = list(container.decode(video=0))
+    for frame in kept:
+        clips._upright(frame)
+    child = os.fork()
+    if not child:
+        kept.clear()
+        del frame
+        gc.collect()
+        os._exit(0)
+    try:
+        until = time.monotonic() + 20
+        while os.waitpid(child, os.WNOHANG) == (0, 0):
+            assert time.monotonic() < until, "the process hangs"
+            time.sleep(0.01)
+    except AssertionError:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise

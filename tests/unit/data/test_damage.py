@@ -15,6 +15,7 @@ from latentray.data.latent_batches import latent_batches
 from latentray.data.ordering import Order
 from latentray.data.picture_batches import picture_batches
 from latentray.data.pipeline import OrderedSource
+from latentray.data.stream import stream_batches
 from latentray.data.transforms import Augment
 from latentray.errors import DataError, DigestMismatch, UnsafeMember
 
@@ -136,6 +137,78 @@ def test_skipped_damage_is_counted_exactly_and_the_rest_is_trained_on(tmp_path, 
             assert row in bad or value == whole[batch.ids[row]]
         seen += len(batch.damaged)
     assert seen == 2 * len(lost)  # two epochs
+
+
+def streamed(uri, *, digests=True, steps=None, **options):
+    """Steps of a rank that goes through the shards, as their index lists them, without using it."""
+    entries = shards.IndexedShards.open(uri).shards
+    uris = [str(uri / entry.name) for entry in entries]
+    known = {one: entry.sha256 for one, entry in zip(uris, entries, strict=True)} if digests else {}
+    return stream_batches(
+        uris, seed=3, global_batch=B, shape=(16, 16), augment=Augment(), sha256=known, last_step=steps, **options
+    )
+
+
+def first_epoch(made):
+    """(shard, number, weight) of each place, and the damage, until every reader is in its second epoch."""
+    places, found = [], []
+    for batch in made:
+        mine = [row for row, one in enumerate(batch.ids) if one.epoch == 0]
+        if not mine:
+            return places, found
+        for row in mine:
+            places.append((*divmod(batch.ids[row].index, 2**32), batch.weight_B[row].item()))
+        found += [one for one in batch.damaged if len(mine) == B or one.shard not in {old.shard for old in found}]
+    raise AssertionError("the stream ended")
+
+
+@pytest.mark.parametrize("digests", [False, True])
+@pytest.mark.parametrize("harm", DAMAGES)
+def test_a_stream_names_the_damaged_shard_at_once_or_counts_it_and_trains_on_the_rest(tmp_path, harm, digests):
+    uri = publish(tmp_path, "dataset")
+    path = uri / shards.shard_name(VICTIM)
+    whole = path.read_bytes()
+    harm(path, whole, None)
+    if harm is swap and not digests:  # nothing but its digest tells a whole tar from another
+        _, found = first_epoch(streamed(uri, digests=False))
+        assert not found
+        return
+    began = time.perf_counter()
+    with pytest.raises(DataError) as caught:
+        list(streamed(uri, digests=digests, steps=SHARDS * EACH // B))
+    assert caught.value.where == str(path)
+    assert time.perf_counter() - began < 5
+    places, found = first_epoch(streamed(uri, digests=digests, skip_damaged=True, max_bad_fraction=0.1))
+    assert len(found) == 1 and found[0].shard == str(path)
+    read = {(shard, number) for shard, number, weight in places if weight}
+    assert len(places) == len(read) + 1  # each sample once, and the damage in a place of its own
+    others = {(shard, number) for shard in range(SHARDS) if shard != VICTIM for number in range(EACH)}
+    victims = read - others
+    assert others <= read and victims == {(VICTIM, number) for number in range(len(victims))}
+    assert f"{len(victims)} samples were read before" in found[0].what
+    if harm in (cut_inside_a_member, cut_at_a_member_boundary) and not digests:
+        assert 0 < len(victims) < EACH
+    else:
+        assert not victims
+    expected = {remove: "missing"}.get(harm, "digest" if digests else "damaged_tar")
+    assert found[0].reason == expected
+    with pytest.raises(DataError, match=r"1 of 10 tars.*max_bad_fraction is 0.09") as ended:
+        list(streamed(uri, digests=digests, skip_damaged=True, max_bad_fraction=0.09, steps=50))
+    assert ended.value.where == str(path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("harm", DAMAGES)
+def test_the_run_ends_where_more_is_damaged_than_allowed(tmp_path, kind, harm):
+    uri = publish(tmp_path, kind)
+    path = uri / shards.shard_name(VICTIM)
+    harm(path, path.read_bytes(), None)
+    data, made = batches(uri, kind, skip=True, steps=SHARDS * EACH // B)
+    lost = sum(len(batch.damaged) for batch in made)
+    assert 0 < lost <= EACH
+    damage.require_few(lost, samples=data.count, allowed=lost / data.count)
+    with pytest.raises(DataError, match=f"{lost} of {data.count} samples are damaged"):
+        damage.require_few(lost, samples=data.count, allowed=(lost - 0.5) / data.count)
 
 
 def test_loader_workers_skip_the_same(tmp_path):

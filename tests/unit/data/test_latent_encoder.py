@@ -1,9 +1,6 @@
 """Encoding in one canonical shape: what comes out depends on the picture and the caption, not on what is beside them."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,15 +13,6 @@ from latentray.data.latent_encoder import Encoder
 from latentray.data.latent_parts import FROM_PIXELS, FROM_RECORD, Job, Parcel
 from latentray.errors import DataError
 
-
-def _tiny():
-    path = Path(__file__).resolve().parents[2] / "numerics" / "tiny.py"
-    spec = importlib.util.spec_from_file_location("tiny_for_latent_encoder", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 CAPTIONS = [
     f"a {color} {shape}"
     for color in ("red", "green", "blue", "pale")
@@ -34,15 +22,14 @@ PIXELS = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (9, 64, 64, 
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory) -> Job:
-    root, tiny = tmp_path_factory.mktemp("encoder"), _tiny()
-    torch.set_num_threads(1)
+def job(tiny, tmp_path_factory) -> Job:
+    root = tmp_path_factory.mktemp("encoder")
     source = tiny.write_text_encoder(str(root / "text"))
     described = latents.TextSource(name="clip", source=source, fingerprint="", width=16, max_tokens=12)
     return Job(
         splits=(), samples=9, autoencoder=tiny.write_autoencoder(str(root / "autoencoder")), texts=(described,),
-        sizes=(64,), variants=(0,), batch_size=4, latent_dtype="float32", text_dtype="float32", max_pixels=10**6,
-        skip_damaged=False, device="cpu",
+        shapes=(((64, 64),),), window=None, variants=(0,), batch_size=4, latent_dtype="float32", text_dtype="float32",
+        max_pixels=10**6, skip_damaged=False, device="cpu",
     )  # fmt: skip
 
 
@@ -52,7 +39,7 @@ def changed(job: Job, **values) -> Encoder:
 
 def parcel(pictures: list[int], captions: list[list[str]]) -> Parcel:
     units = [{"from": FROM_PIXELS, "json": [{"captions": several}]} for several in captions]
-    return Parcel(about={"units": units}, tensors={"pixels.64": PIXELS[pictures]})
+    return Parcel(about={"units": units}, tensors={"pixels.0": PIXELS[pictures]})
 
 
 def test_latents_are_the_autoencoders(job):
@@ -61,6 +48,15 @@ def test_latents_are_the_autoencoders(job):
     expected = net.encode(PIXELS.permute(0, 3, 1, 2).float() / 127.5 - 1)
     torch.testing.assert_close(mean, expected.mean_BChw, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(logvar, expected.logvar_BChw, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("frames", [2, 3, 8])
+def test_the_frames_of_a_clip_are_encoded_as_pictures_are(job, frames):
+    encoder, clips = Encoder(job), PIXELS[: 9 // frames * frames].unflatten(0, (-1, frames))
+    mean, logvar = encoder.latents(clips)
+    assert mean.shape == logvar.shape == (9 // frames, frames, 4, 8, 8)
+    flat_mean, flat_logvar = encoder.latents(clips.flatten(0, 1))
+    assert torch.equal(mean.flatten(0, 1), flat_mean) and torch.equal(logvar.flatten(0, 1), flat_logvar)
 
 
 @pytest.mark.parametrize("rows", [[0], [3, 0], [1, 2, 3, 0], [8, 7, 6, 5, 4, 3, 2, 1, 0]])
@@ -125,4 +121,4 @@ def test_a_parcel_survives_its_way_as_a_row(job):
     given = parcel([1, 2], [["a"], ["b \ud83d \n"]])
     got = Parcel.from_table(given.to_table())
     assert json.dumps(got.about) == json.dumps(given.about)
-    assert torch.equal(got.tensors["pixels.64"], given.tensors["pixels.64"])
+    assert torch.equal(got.tensors["pixels.0"], given.tensors["pixels.0"])

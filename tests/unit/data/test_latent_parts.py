@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from latentray.checkpoint import manifest
-from latentray.data import decode, index, latent_parts, latent_plan, members, shards
+from latentray.data import decode, index, latent_parts, latent_plan, latent_sources, members, shards
 from latentray.data.latent_parts import FROM_PIXELS, Job, SplitJob
 from latentray.data.latent_plan import Part
 from latentray.errors import DataError, DigestMismatch, InputMissing, SampleRejected, UnsafeMember
@@ -44,14 +44,15 @@ def split(tmp_path_factory) -> SplitJob:
 
 def job(split: SplitJob, sizes: tuple[int, ...], **changes) -> Job:
     values = dict(
-        splits=(split,), samples=len(PICTURES), autoencoder="", texts=(), sizes=sizes, variants=(0, 1), batch_size=4,
+        splits=(split,), samples=len(PICTURES), autoencoder="", texts=(), variants=(0, 1), batch_size=4, window=None,
+        shapes=(tuple((size, size) for size in sizes),),
         latent_dtype="float32", text_dtype="float32", max_pixels=10**6, skip_damaged=False, device="cpu",
     )  # fmt: skip
     return Job(**values | changes)
 
 
 def part(units: np.ndarray, sizes: int = 1) -> Part:
-    return Part(split=0, shard=0, number=0, units=units, older=np.empty((0, sizes), np.int64))
+    return Part(split=0, shard=0, number=0, bucket=0, units=units, older=np.empty((0, sizes), np.int64))
 
 
 UNITS = latent_plan.units_of(range(len(PICTURES)), (0, 1))
@@ -62,22 +63,22 @@ def test_what_a_size_gets_does_not_depend_on_the_others(split, sizes):
     together = latent_parts.read_part(job(split, tuple(sizes)), part(UNITS, len(sizes)))
     for number, size in enumerate(sizes):
         alone = latent_parts.read_part(job(split, (size,)), part(UNITS))
-        assert torch.equal(together.tensors[f"pixels.{size}"], alone.tensors[f"pixels.{size}"])
+        assert torch.equal(together.tensors[f"pixels.{number}"], alone.tensors["pixels.0"])
         for both, one in zip(together.about["units"], alone.about["units"], strict=True):
             assert both["json"][number] == one["json"][0]
 
 
 def test_pixels_are_those_of_the_decoder_at_the_least_scale(split):
     got = latent_parts.read_part(job(split, (64,)), part(UNITS))
-    assert got.tensors["pixels.64"].shape == (2 * len(PICTURES), 64, 64, 3)
+    assert got.tensors["pixels.0"].shape == (2 * len(PICTURES), 64, 64, 3)
     for row, data in enumerate(PICTURES):
         pixels, original = decode.decode_at_least(data, 64, 64)
         unit = got.about["units"][2 * row]
         assert (unit["key"], unit["from"], unit["unit"]) == (f"k{row}_0", FROM_PIXELS, row * latent_plan.VARIANTS)
         assert unit["sha256"] == hashlib.sha256(data).hexdigest()
         assert unit["json"][0]["original_size"] == list(original) == list(decode.decode(data).shape[:2])
-        (square,) = latent_plan.squares(pixels, original, 64, (0,), bytes.fromhex(unit["sha256"]))
-        np.testing.assert_array_equal(got.tensors["pixels.64"][2 * row].numpy(), square.pixels)
+        square = latent_plan.cut(pixels, original, (64, 64), 0, bytes.fromhex(unit["sha256"]))
+        np.testing.assert_array_equal(got.tensors["pixels.0"][2 * row].numpy(), square.pixels)
 
 
 def test_pictures_above_the_limit_are_rejected_before_they_are_decoded(split):
@@ -113,5 +114,5 @@ def test_data_that_changed_under_the_job_is_refused(split):
 
 def test_only_texts_leaves_the_picture_out(split):
     raw = shards.IndexedShards.open(split.data).read(0)
-    assert set(latent_parts.only_texts(raw)) == {"__key__", "__url__", "txt"}
-    assert members.captions_of(members.decode_sample(latent_parts.only_texts(raw))) == ["x"]
+    assert set(latent_sources.only_texts(raw)) == {"__key__", "__url__", "txt"}
+    assert members.captions_of(members.decode_sample(latent_sources.only_texts(raw))) == ["x"]

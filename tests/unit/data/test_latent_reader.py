@@ -1,6 +1,8 @@
 """The latent reader gives what decoding members gives, whatever the layout, the order, or what it gave before."""
 
+import concurrent.futures
 import io
+import pickle
 import tarfile
 
 import numpy as np
@@ -9,7 +11,7 @@ import safetensors.torch
 import torch
 
 from latentray.checkpoint import manifest
-from latentray.data import index, members, shards
+from latentray.data import index, latent_reader, members, shards
 from latentray.data.latent_batches import latent_batches
 from latentray.data.latent_reader import LatentReader
 from latentray.data.ordering import Order, Whole
@@ -86,13 +88,66 @@ def test_what_it_gave_keeps_its_values(tmp_path):
     for i, got in enumerate(kept):
         for place in range(4):
             assert torch.equal(got[place]["logvar"], record(i + place, 1)["logvar"])
-    del kept, got
-    assert len(reader._buffers) <= N
-    reader.read(ids(range(4)))
-    before = len(reader._buffers)
+
+
+def test_what_it_gave_and_nobody_holds_is_used_again_by_the_next_reader_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(latent_reader, "_POOL", latent_reader._Pool())
+    data = publish(tmp_path, captions=lambda i: 1)
+    held = [LatentReader([data]).read(ids(range(4))) for _ in range(3)]
+    assert len(latent_reader._POOL) >= 3
+    before = len(latent_reader._POOL)
+    held.clear()
     for i in range(10):
-        reader.read(ids(range(i, i + 4)))
-    assert len(reader._buffers) <= before  # nothing is held, so nothing new is needed
+        LatentReader([data]).read(ids(range(i, i + 4)))
+    assert len(latent_reader._POOL) <= before
+
+
+def test_threads_share_the_buffers_and_no_values(tmp_path):
+    data = publish(tmp_path, captions=lambda i: 1)
+    wanted = {x: record(x, 1)["mean"] for x in range(N)}
+
+    def read(first: int) -> bool:
+        reader = LatentReader([pickle.loads(pickle.dumps(data))])
+        for i in range(200):
+            xs = [(first + i + k) % N for k in range(4)]
+            got = by_place(reader.read(ids(xs))[0])
+            if not all(torch.equal(got[place]["mean"], wanted[x]) for place, x in enumerate(xs)):
+                return False
+        return True
+
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        assert all(threads.map(read, (0, 7, 13)))
+
+
+def test_latents_of_clips_are_read_as_they_are(tmp_path):
+    """(T, C, h, w) each; the frames keep their order."""
+    made = [
+        shards.Sample(
+            key=f"{i:05d}_0",
+            members={
+                "latent.safetensors": safetensors.torch.save(
+                    record(i, 1)
+                    | {
+                        "mean": torch.randn(6, 4, 3, 5, generator=torch.Generator().manual_seed(i)),
+                        "logvar": torch.full((6, 4, 3, 5), -float(i)),
+                    }
+                ),
+                "json": b"{}",
+            },
+        )
+        for i in range(N)
+    ]
+    folder = tmp_path / "built"
+    folder.mkdir()
+    index.write([shards.write_shard(made, folder / "00000.tar")], folder / index.NAME)
+    manifest.publish(folder, tmp_path / "set", kind="latents")
+    data = shards.IndexedShards.open(tmp_path / "set", kind="latents")
+    for batch in latent_batches(OrderedSource([data], Order.of(N, 1, 8), last_step=3)):
+        assert batch.mean_BChw.shape == (8, 6, 4, 3, 5)
+        for row, one in enumerate(batch.ids):
+            drawn = torch.Generator().manual_seed(one.index)
+            assert torch.equal(batch.mean_BChw[row], torch.randn(6, 4, 3, 5, generator=drawn))
+            assert (batch.logvar_BChw[row] == -one.index).all()
 
 
 def test_a_mixture_keeps_the_order_of_the_slots(tmp_path):

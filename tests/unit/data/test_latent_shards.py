@@ -24,25 +24,26 @@ def job(tmp_path) -> Job:
         parts=str(tmp_path / "64" / "parts-x"), plan="a" * 64,
     )  # fmt: skip
     return Job(
-        splits=(split,), samples=9, autoencoder="", texts=(), sizes=SIZES, variants=(0,), batch_size=4,
+        splits=(split,), samples=9, autoencoder="", texts=(), shapes=(tuple((size, size) for size in SIZES),),
+        window=None, variants=(0,), batch_size=4,
         latent_dtype="float32", text_dtype="float32", max_pixels=1, skip_damaged=True, device="cpu",
     )  # fmt: skip
 
 
-def parcel(number: int, rows: list[int], rejected: tuple[str, ...] = ()) -> Parcel:
+def parcel(number: int, rows: list[int], rejected: tuple[str, ...] = (), bucket: int = 0) -> Parcel:
     """An encoded part whose latents are filled with their rows."""
     units = [
         {"unit": row * VARIANTS, "key": f"k{row}_0", "sha256": f"{row:064x}", "from": FROM_PIXELS,
-         "json": [{"captions": [f"c{row % 2}"], "size": size, "original_size": [90, 70], "crop_top_left": [row, 0]}
+         "json": [{"captions": [f"c{row % 2}"], "target_size": [size, size], "original_size": [90, 70], "crop_top_left": [row, 0]}
                   for size in SIZES]}
         for row in rows
     ]  # fmt: skip
     tensors = {"text.clip.tokens": torch.tensor([0.0, 1.0])[:, None]}
-    for size in SIZES:
+    for nth, size in enumerate(SIZES):
         values = torch.tensor([float(row) for row in rows])[:, None, None, None].expand(-1, 2, size // 8, size // 8)
-        tensors |= {f"mean.{size}": values, f"logvar.{size}": -values}
+        tensors |= {f"mean.{nth}": values, f"logvar.{nth}": -values}
     listed = [{"key": key, "reason": "format", "shard": "s", "what": "w"} for key in rejected]
-    place = {"split": 0, "shard": 0, "number": number}
+    place = {"split": 0, "shard": 0, "number": number, "bucket": bucket}
     return Parcel(about=place | {"units": units, "captions": ["c0", "c1"], "rejected": listed}, tensors=tensors)
 
 
@@ -68,6 +69,15 @@ def test_a_shard_has_the_same_bytes_in_whatever_order_its_parts_come(job, tmp_pa
     assert len(seen) == 1
 
 
+def test_records_are_sorted_by_bucket_and_then_by_unit(job, tmp_path):
+    parts = [parcel(0, [1, 4], bucket=1), parcel(1, [0, 6], bucket=0), parcel(2, [2], bucket=1)]
+    latent_shards.assemble(job, 0, "00000.tar", [latent_shards.write_part(job, one) for one in parts])
+    sidecar = store.read_bytes(latent_shards.sidecar(job.splits[0], job.splits[0].outs[0], "00000.tar"))
+    table = Committed.from_bytes(sidecar).result.table
+    assert table["key"].to_pylist() == [f"k{row}_0" for row in (0, 6, 1, 2, 4)]
+    assert table["offset"].to_pylist() == sorted(table["offset"].to_pylist())
+
+
 def test_a_record_has_its_own_latent_and_the_embeddings_of_its_captions(job, tmp_path):
     latent_shards.assemble(job, 0, "00000.tar", [latent_shards.write_part(job, parcel(0, [2, 5]))])
     for size, out in zip(SIZES, job.splits[0].outs, strict=True):
@@ -83,7 +93,7 @@ def test_a_record_has_its_own_latent_and_the_embeddings_of_its_captions(job, tmp
             assert tensors["mean"].shape == (2, size // 8, size // 8)
             assert (tensors["mean"] == row).all() and (tensors["logvar"] == -row).all()
             assert tensors["text.clip.tokens"].tolist() == [[float(row % 2)]]
-            assert sample["json"]["size"] == size
+            assert sample["json"]["target_size"] == [size, size]
 
 
 def test_a_finished_shard_is_not_assembled_again(job, tmp_path):
@@ -140,10 +150,10 @@ def test_copied_records_pass_and_copied_latents_get_new_text(job, tmp_path):
     encoded = {name: t[2:] if name[0] in "ml" else t for name, t in one.tensors.items()}
     given = Parcel(about=one.about, tensors=encoded | kept | copied)
     rows = list(latent_shards._records(job, given))
-    assert rows[0]["record.64"] == rows[0]["record.32"] == b"whole record"
+    assert rows[0]["record.0"] == rows[0]["record.1"] == b"whole record"
     second, third = (
-        members.decode_sample({"latent.safetensors": row["record.64"]})["latent.safetensors"] for row in rows[1:]
+        members.decode_sample({"latent.safetensors": row["record.0"]})["latent.safetensors"] for row in rows[1:]
     )
     assert (second["mean"] == 9).all() and second["text.clip.tokens"].tolist() == [[1.0]]
     assert (third["mean"] == 2).all() and third["text.clip.tokens"].tolist() == [[1.0]]
-    assert json.loads(rows[2]["json.64"])["captions"] == ["c1"]
+    assert json.loads(rows[2]["json.0"])["captions"] == ["c1"]

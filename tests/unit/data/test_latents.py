@@ -35,7 +35,9 @@ def test_the_key_covers_what_decides_a_records_bytes_and_nothing_else():
         keys.add(latents.key_of(CONFIG, **KEY | change))
     for change in (dict(latent_dtype="float16"), dict(text_dtype="float32")):
         keys.add(latents.key_of(dataclasses.replace(CONFIG, **change), **KEY))
-    assert len(keys) == 9
+    for change in (dict(size=None), dict(frames=8, fps=4.0), dict(frames=8, fps=8.0), dict(frames=16, fps=8.0)):
+        keys.add(latents.key_of(CONFIG, **KEY | change))
+    assert len(keys) == 13
     same = dict(out="elsewhere", actors=[2, 4], device="cpu", batch_size=8, crops=3, flip_variants=True, reuse="x")
     assert latents.key_of(dataclasses.replace(CONFIG, **same), **KEY) == latents.key_of(CONFIG, **KEY)
     moved = dataclasses.replace(TEXT, source="elsewhere")
@@ -49,9 +51,21 @@ def test_a_store_is_described_by_its_manifest(tmp_path):
     got = latents.describe(str(tmp_path / "store"))
     assert (got.encoder, got.text_source, got.text_fingerprint, got.text_width) == ("clip", "t", "g", 16)
     assert got == dataclasses.replace(one, uri=str(tmp_path / "store"), listing=made)
+    bucketed = store_at(str(tmp_path / "b"), buckets=((64, 64), (32, 96)), frames=8, fps=4.5)
+    made = manifest.publish(tmp_path / "files", tmp_path / "b", kind="latents", meta=latents.meta_of(bucketed))
+    assert made.meta["buckets"] == [[64, 64], [32, 96]]
+    assert latents.describe(str(tmp_path / "b")) == dataclasses.replace(bucketed, listing=made)
     manifest.publish(tmp_path / "files", tmp_path / "data", kind="dataset")
     with pytest.raises(ArtifactError, match="this is a dataset"):
         latents.describe(str(tmp_path / "data"))
+
+
+def test_a_store_from_before_there_were_buckets_and_clips_is_one_of_squares(tmp_path):
+    meta = {k: v for k, v in latents.meta_of(store_at("x")).items() if k not in ("buckets", "frames", "fps")}
+    (tmp_path / "files").mkdir()
+    manifest.publish(tmp_path / "files", tmp_path / "store", kind="latents", meta=meta)
+    got = latents.describe(str(tmp_path / "store"))
+    assert (got.size, got.buckets, got.frames, got.fps) == (64, (), 0, 0.0)
 
 
 def test_another_autoencoder_is_refused_by_both_fingerprints():

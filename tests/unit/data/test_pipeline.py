@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import pickle
 
 import numpy as np
@@ -187,6 +188,7 @@ def test_damage_is_an_error_that_names_the_sample(tmp_path, workers):
     assert f"'{data.key(3)}'" in caught.value.what
     assert caught.value.where.endswith(entry.name)
     assert "Traceback" not in str(caught.value)
+    assert not multiprocessing.active_children()  # though `caught` holds every frame of the traceback
 
 
 def test_what_does_not_fit_is_refused(pictures, latents):

@@ -1,10 +1,8 @@
 """The latent job, its graph replaced by the stages in a row: what is stored, reused, resumed, left out and refused."""
 
 import hashlib
-import importlib.util
 import io
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +18,7 @@ from latentray.config.text_encoder import TextEncoderConfig, TinyTextEncoderConf
 from latentray.data import (
     decode,
     index,
-    latent_job,
-    latent_parts,
+    latent_commit,
     latent_shards,
     latents,
     members,
@@ -29,7 +26,6 @@ from latentray.data import (
     shards,
 )
 from latentray.data.latent_batches import latent_batches
-from latentray.data.latent_encoder import Encoder
 from latentray.data.ordering import Order
 from latentray.data.pipeline import OrderedSource
 from latentray.errors import (
@@ -41,16 +37,6 @@ from latentray.errors import (
     InputMissing,
 )
 
-
-def _tiny():
-    path = Path(__file__).resolve().parents[2] / "numerics" / "tiny.py"
-    spec = importlib.util.spec_from_file_location("tiny_for_precompute", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny = _tiny()
 N, SIZE = 10, 64
 
 
@@ -82,34 +68,13 @@ def write_data(root: Path, samples: list[shards.Sample], split: str = "train", p
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tiny, tmp_path_factory):
     root = tmp_path_factory.mktemp("precompute")
-    torch.set_num_threads(1)
     return {
         "data": write_data(root / "data", [sample(i) for i in range(N)]),
         "autoencoder_from": tiny.write_autoencoder(str(root / "autoencoder")),
         "text_encoder": TextEncoderConfig(source=tiny.write_text_encoder(str(root / "text"))),
     }
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    """The stages one after another, in this process; the parts that were read."""
-    read = []
-
-    def run(config, job, work):
-        encoder = Encoder(job)
-        for one in work:
-            names = dict(one.written)
-            for part in one.left:
-                read.append(part)
-                parcel = latent_parts.Parcel.from_table(latent_parts.read_part(job, part).to_table())
-                names[part.number] = latent_shards.write_part(job, encoder.encode(parcel))
-            latent_shards.assemble(job, one.split, one.name, [names[number] for number in sorted(names)])
-            yield one
-
-    monkeypatch.setattr(precompute, "_run", run)
-    return read
 
 
 def config(made, out, **changes) -> PrecomputeLatents:
@@ -404,7 +369,7 @@ def test_an_estimate_tells_what_it_would_take_and_writes_nothing(made, tmp_path,
     assert found["bytes"] == pytest.approx(stored, rel=0.5)
 
 
-def test_a_finished_store_is_left_alone_and_others_are_refused(made, tmp_path, in_process):
+def test_a_finished_store_is_left_alone_and_others_are_refused(made, tiny, tmp_path, in_process):
     (uri,) = precompute.precompute(config(made, tmp_path))
     before = manifest.read(uri)
     for name in ("unfinished.json", "00000.tar.0123.rows", "parts-0123/x.part"):  # cut short between its last steps
@@ -438,7 +403,7 @@ def test_a_store_of_several_sizes_is_finished_where_one_was_already(made, tmp_pa
     expected = [digests(uri) for uri in uris]
     sealed = manifest.read(uris[0])
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(latent_job, "_tidy", lambda split: None)  # a job that ends between the two manifests
+        patched.setattr(latent_commit, "_tidy", lambda split: None)  # a job that ends between the two manifests
         precompute.precompute(config(made, tmp_path / "cut", sizes=[64, 32]))
     store.delete(tmp_path / "cut" / "32" / "train" / "manifest.json")
     in_process.clear()

@@ -124,3 +124,35 @@ def test_a_dropped_stream_goes_on_where_it_stopped(
     client: Any = DroppingClient(exit_code)
     assert submission.follow(client, "job-1", output.append) == returned
     assert "".join(output) == DroppingClient.LOG
+
+
+def test_a_driver_that_died_is_sent_again_and_a_mistake_is_not() -> None:
+    again = submission.is_worth_another
+    assert [again(code, 0, 2) for code in (1, 137, 0, 2, 143, 130)] == [True, True, False, False, False, False]
+    assert [again(1, attempt, 2) for attempt in range(4)] == [True, True, False, False]
+
+
+def test_a_run_that_may_be_sent_again_has_a_name() -> None:
+    assert submission.named(["size=64"], job="train", retries=0) == ["size=64"]
+    assert submission.named(["run=mine"], job="train", retries=3) == ["run=mine"]
+    (given, name) = submission.named(["size=64"], job="train", retries=3)
+    assert given == "size=64" and name.startswith("run=train-")
+    assert submission.named([], job="evaluate", retries=3) == []
+
+
+def test_the_same_run_is_sent_until_it_ends_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[str | None, str]] = []
+    codes = iter([137, 1, 0])
+
+    class Client:
+        def submit_job(self, *, entrypoint: str, submission_id: str | None, **_: Any) -> str:
+            sent.append((submission_id, entrypoint))
+            return submission_id or "made"
+
+    monkeypatch.setattr(submission, "require_cluster", lambda *_: None)
+    monkeypatch.setattr(submission, "connect", lambda _: Client())
+    monkeypatch.setattr(submission, "follow", lambda *_: next(codes))
+    config = SubmitConfig(job="train", retries=5, submission_id="night")
+    assert submission.submit(config, ["tracking=none"]) == 0
+    assert [one for one, _ in sent] == ["night", "night.1", "night.2"]
+    assert len({command for _, command in sent}) == 1 and " run=train-" in sent[0][1]

@@ -9,17 +9,17 @@ from latentray.errors import ConfigError
 from latentray.models import attention
 
 
-@pytest.mark.parametrize("length", [7, 300])  # below and above the bound between the two paths
+@pytest.mark.parametrize("keys", [5, 300])  # below and above the bound between the two paths
 @pytest.mark.parametrize("grad", [True, False])
-def test_both_paths_equal_the_fused_kernel(length, grad, monkeypatch):
-    q, k, v = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (length, 5, 5))
+def test_both_paths_equal_the_fused_kernel(keys, grad, monkeypatch):
+    q, k, v = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (7, keys, keys))
     expected = F.scaled_dot_product_attention(q, k, v)
     fused = []
     real = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a: fused.append(1) or real(*a))
     with torch.set_grad_enabled(grad):
         got = attention.attend(q, k, v)
-    assert bool(fused) == (length == 300 or not grad)
+    assert bool(fused) == (keys == 300 or not grad)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     if grad:
         weight = torch.randn_like(expected)
@@ -27,6 +27,49 @@ def test_both_paths_equal_the_fused_kernel(length, grad, monkeypatch):
         theirs = torch.autograd.grad((expected * weight).sum(), (q, k, v))
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("keys", [1, 16, 77, 300])
+def test_keys_added_for_speed_weigh_nothing(keys):
+    """bf16 on a CPU attends over a multiple of 16 keys: against the formula in float32, no worse than torch's own."""
+    q, k, v = (torch.randn(2, 2, n, 16).bfloat16() for n in (40, keys, keys))
+    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    with torch.no_grad():
+        got, fused = attention.attend(q, k, v), F.scaled_dot_product_attention(q, k, v)
+    assert got.dtype == torch.bfloat16
+    assert (got - exact).abs().max() <= 1.5 * (fused - exact).abs().max() + 2e-3
+    inputs = [one.requires_grad_(True) for one in (q, k, v)]
+    weight = torch.randn(exact.shape)
+    gradients = torch.autograd.grad((attention.attend(*inputs) * weight).sum(), inputs)
+    wanted = [one.detach().float().requires_grad_(True) for one in inputs]
+    expected = torch.autograd.grad((F.scaled_dot_product_attention(*wanted) * weight).sum(), wanted)
+    for a, b in zip(gradients, expected, strict=True):
+        assert (a - b).abs().max() <= 0.03 * b.abs().max() + 1e-3
+
+
+def test_geglu_in_closed_form_with_and_without_gradients():
+    ff = attention.FeedForward(8)
+    x = torch.randn(2, 3, 8)
+    value, gate = F.linear(x, ff.proj.weight, ff.proj.bias).chunk(2, dim=-1)
+    gelu = 0.5 * gate * (1 + torch.erf(gate / 2**0.5))
+    expected = F.linear(value * gelu, ff.out.weight, ff.out.bias)
+    torch.testing.assert_close(ff(x), expected, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        assert torch.equal(ff(x), ff(x).detach()) and torch.allclose(ff(x), expected, atol=1e-6)
+    low = ff.bfloat16()
+    with torch.no_grad():
+        alone = low(x.bfloat16())
+    assert torch.equal(alone, low(x.bfloat16()))
+
+
+def test_normalised_queries_and_keys_have_unit_mean_square_and_forget_their_length():
+    attn = attention.Attention(16, heads=2, qk_norm=True)
+    x = torch.randn(2, 6, 16)
+    q, k, v = attn.project(x)
+    for one in (q, k):
+        torch.testing.assert_close(one.square().mean(-1), torch.ones(2, 2, 6), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(attn.project(3 * x)[0], q, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(attn.project(3 * x)[2], 3 * v)
 
 
 @pytest.mark.parametrize("context_width", [None, 12])

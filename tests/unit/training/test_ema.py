@@ -50,14 +50,3 @@ def test_an_export_shows_the_average_and_gives_the_weights_back():
     engine.weight.fill_(5.0)
     assert ema.full_state()["weight"].tolist() == [2.0, 2.0, 2.0]
     assert engine.weight.tolist() == [5.0, 5.0, 5.0]
-
-
-def test_it_survives_a_checkpoint(tmp_path):
-    ema = EMA(OneWeight(2.0), half_life_samples=100)
-    ema.engine.weight.fill_(3.0)
-    ema.update(10)
-    ema.save(tmp_path / "ema.safetensors")
-    other = EMA(OneWeight(0.0), half_life_samples=100)
-    other.load(tmp_path / "ema.safetensors")
-    assert other.updates == 1
-    assert torch.equal(other.partitions[0], ema.partitions[0])

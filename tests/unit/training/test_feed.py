@@ -9,7 +9,7 @@ from latentray.config.train import Train
 from latentray.data.buckets import Bucketed
 from latentray.errors import ConfigError, DataError, FingerprintMismatch
 from latentray.records import Damaged, PictureBatch, Traffic
-from latentray.training import stage2
+from latentray.training import latent_supply, stage2
 from latentray.training.feed import Feed, Ledger
 from latentray.training.state import Worker
 
@@ -25,7 +25,7 @@ def load(tiny, inputs):
 def test_one_data_set(load):
     config = load("order.chunk=4", "order.drop_remainder=true", "global_batch_size=24", "total_samples=240")
     opened = Feed.open(config)
-    assert (opened.samples, opened.order.batches, opened.shapes) == (64, (24,), [])
+    assert (opened.samples, opened.order.batches, opened.buckets, opened.shapes) == (64, (24,), (), ((64, 64),))
     assert (opened.order.reading.chunk, opened.order.dropped_per_epoch) == (4, 64 % 24)
     assert opened.inputs == {"dataset": opened.sets[0].manifest.digest}
     assert Feed.open(load()).order.reading.chunk == 1  # local: a full shuffle
@@ -76,6 +76,11 @@ def test_buckets_follow_the_index(load):
         (["crop=left"], "crop"),
         (["order.chunk=0"], "order.chunk"),
         (["fetch.cache_bytes=5"], "fetch.cache_bytes"),
+        (["online.enabled=true"], "online.enabled"),
+        (["online.batch_size=0"], "online.batch_size"),
+        (["online.latent_dtype=float8"], "online.latent_dtype"),
+        (["online.text_dtype=int8"], "online.text_dtype"),
+        (["online.crop=left"], "online.crop"),
     ],
 )
 def test_bad_settings_are_refused_by_name(load, overrides, where):
@@ -87,13 +92,13 @@ def test_bad_settings_are_refused_by_name(load, overrides, where):
 def test_stage_2_reads_the_first_of_several_text_encoders(tiny, inputs, monkeypatch, tmp_path):
     """Latents of two encoders name none by themselves: the store's first one is the model's."""
     asked = {}
-    monkeypatch.setattr(stage2, "latent_batches", lambda source, **settings: asked.update(settings) or iter(()))
+    monkeypatch.setattr(latent_supply, "latent_batches", lambda source, **settings: asked.update(settings) or iter(()))
     monkeypatch.setattr(stage2, "Engine", lambda *args, **settings: None)
     config = compose.load("train", Train, [*tiny.STAGE2, f"latents={inputs['latents']}"])
     worker = Worker(config=config, run="r", out="o", rank=0, world=1, device=torch.device("cpu"), attempt="a")
     stage = stage2.DiffusionStage(worker)
     list(stage.batches(0, 1))
-    assert asked["encoder"] == stage.store.texts[0].name == "clip"
+    assert asked["encoder"] == stage.space.text.name == "clip"
 
 
 def test_the_ledger_counts_and_stops(load, tmp_path, capsys):

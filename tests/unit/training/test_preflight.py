@@ -17,7 +17,7 @@ from latentray.errors import (
     FingerprintMismatch,
     InputMissing,
 )
-from latentray.training import launch, preflight
+from latentray.training import here, launch, on_ray, preflight
 
 
 @pytest.fixture
@@ -27,8 +27,8 @@ def refused(tiny, inputs, tmp_path, monkeypatch):
     def start(*_args, **_kwargs):
         raise AssertionError("a worker was started")
 
-    monkeypatch.setattr(launch, "_train_here", start)
-    monkeypatch.setattr(launch, "_train_on_ray", start)
+    monkeypatch.setattr(here, "train", start)
+    monkeypatch.setattr(on_ray, "train", start)
 
     def check(error, stage: int, *overrides: str):
         given = (

@@ -1,0 +1,178 @@
+"""Training in Ray Train workers: how many, on what, how often they are started again, and what comes back from them.
+
+Ray starts workers and starts them again; where a run goes on, our own manifests say, never Ray's snapshot. So each launch
+has a fresh name there, and a run cannot be resumed by accident, nor lost with a truncated snapshot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import secrets
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from latentray import errors
+from latentray.checkpoint import store
+from latentray.config import compose
+from latentray.config.command import known_cause
+from latentray.config.train import Train
+from latentray.errors import ConfigError, LatentrayError, TrainingFailed
+from latentray.training import stopping
+from latentray.training.loop import Hooks
+from latentray.training.worker import device_of, work
+
+_FOLDER = "ray"
+"""Below the run's: what Ray Train keeps, and how the launch ended."""
+
+
+def train(config: Train, run: str, out: str) -> bool:
+    """Train to the end; False where it was asked to stop.
+
+    Raises what a worker raised on purpose (it is not tried again), and TrainingFailed where workers died more often than
+    `cluster.max_failures` allows.
+    """
+    import ray
+    import ray.train
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from latentray.data import cluster
+
+    cluster.connect(config.cluster.address)
+    use_gpu = _use_gpu(config, ray.cluster_resources().get("GPU", 0))
+    stopping.clear(out)
+    launch = secrets.token_hex(3)
+    folder = store.join(out, _FOLDER)
+    filesystem, path = store.filesystem(folder)
+    most, fewest = config.cluster.workers, config.cluster.min_workers
+    trainer = TorchTrainer(
+        functools.partial(_work, config=compose.to_dict(_absolute(config)), run=run, out=out, launch=launch),
+        torch_config=TorchConfig(
+            backend="nccl" if use_gpu else "gloo", timeout_s=int(config.cluster.collective_timeout_s)
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=most if fewest is None else (fewest, most),
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": config.cluster.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=f"{run}-{launch}",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            # A node that is taken back is nobody's fault: it has a budget of its own, without an end.
+            failure_config=FailureConfig(max_failures=config.cluster.max_failures, max_preemption_failures=-1),
+        ),
+    )
+    try:
+        with _stop_on_sigterm(out):
+            trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        own = _raised(folder, launch) or known_cause(error)
+        if own is not None:
+            raise own from None
+        raise TrainingFailed(
+            f"Training failed after {config.cluster.max_failures} restarts: {str(error).splitlines()[-1]}",
+            where=out,
+            mend=f"See the workers' output above, mend the cause and resume with run={run}.",
+        ) from error
+    own = _raised(folder, launch)
+    if own is not None:
+        raise own
+    store.delete(folder)
+    return not stopping.requested(out)
+
+
+def _use_gpu(config: Train, gpus: float) -> bool:
+    wanted = config.cluster.min_workers or config.cluster.workers
+    if config.cluster.device == "cuda" and gpus < wanted:
+        raise ConfigError(
+            f"{wanted} workers want a GPU each; the cluster has {gpus:g}.",
+            where="cluster.workers",
+            mend="Lower cluster.workers, or set cluster.device=auto.",
+        )
+    return config.cluster.device != "cpu" and gpus >= wanted
+
+
+@contextmanager
+def _stop_on_sigterm(out: str) -> Iterator[None]:
+    """SIGTERM to the driver asks the workers to save a checkpoint and end; `fit` then comes back by itself."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: stopping.request(out))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _absolute(config: Train) -> Train:
+    """The same configuration with absolute inputs: workers start in a folder of their own."""
+    changed: dict[str, Any] = {
+        key: store.absolute(value)
+        for key in ("data", "latents", "autoencoder_from")
+        if (value := getattr(config, key)) is not None
+    }
+    mixture = [dataclasses.replace(one, uri=store.absolute(one.uri)) for one in config.mixture.of]
+    return dataclasses.replace(config, mixture=dataclasses.replace(config.mixture, of=mixture), **changed)
+
+
+def _work(config: dict[str, Any], run: str, out: str, launch: str) -> None:
+    """What each Ray Train worker runs: the very loop that torchrun runs."""
+    import ray.train
+    from ray.train.v2.api.config import RunConfig  # noqa: F401  (fails early where Train v1 is active)
+
+    folder = store.join(out, _FOLDER)
+    if _raised(folder, launch) is not None:
+        return  # another worker ended this launch on purpose; only its error is left to be told
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    hooks = Hooks(
+        on_checkpoint=lambda uri, step: ray.train.report({"checkpoint": uri, "step": step}), preempted=_preempted
+    )
+    try:
+        finished = work(
+            compose.from_dict(Train, config),
+            run,
+            out,
+            rank=rank,
+            world=context.get_world_size(),
+            device=device_of("cuda" if torch.cuda.is_available() else "cpu", context.get_local_rank()),
+            hooks=hooks,
+        )
+    except LatentrayError as error:
+        store.write_json(_error_of(folder, launch, rank), _told(error))
+        raise
+    if not finished and rank == 0:
+        stopping.request(out)  # where the worker itself was asked, the driver hears it
+
+
+def _preempted() -> bool:
+    """Whether Ray knows that a node will be taken back. Collective: Ray asks all ranks."""
+    import ray.train
+
+    return ray.train.get_preemption_info() is not None
+
+
+def _error_of(folder: str, launch: str, rank: int) -> str:
+    return store.join(folder, f"error-{launch}-{rank:05d}.json")
+
+
+def _told(error: LatentrayError) -> dict[str, Any]:
+    return {"type": type(error).__name__, "what": error.what, "where": error.where, "mend": error.mend}
+
+
+def _raised(folder: str, launch: str) -> LatentrayError | None:
+    """The error that a worker of this launch raised on purpose."""
+    for name in store.list_files(folder):
+        if name.startswith(f"error-{launch}-"):
+            told = store.read_json(store.join(folder, name))
+            kind = getattr(errors, told["type"], TrainingFailed)
+            return kind(told["what"], where=told["where"], mend=told["mend"])
+    return None

@@ -1,0 +1,171 @@
+"""The state of an engine as stretches of parameters: how checkpoints hold it, whatever the world size and ZeRO stage.
+
+ZeRO cuts a network's fp32 weights, their moments and their average into one part per rank, each stage in its own way. A
+file of a checkpoint says of each stretch which parameter it is of and where it begins; so a reader in another world, or of
+another stage, picks what it needs from the files of all ranks, without a conversion and without a collective.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from latentray.errors import ArtifactError
+
+WEIGHT, EMA = "weight", "ema"
+"""Names of the fp32 weights and of their average; the optimizer's states have its own names (`exp_avg`, ...)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fragment:
+    """A stretch of one flattened parameter, and where it lies in this rank's partitions."""
+
+    name: str
+    """The parameter's."""
+    shape: tuple[int, ...]
+    """The whole parameter's."""
+    start: int
+    """Of its first element in the flattened parameter."""
+    numel: int
+    partition: int
+    offset: int
+    """Of its first element in the partition."""
+
+    def part(self, index: int, parts: int) -> Fragment:
+        """The `index`-th of so many nearly equal parts: for ranks that all hold the whole."""
+        first, last = self.numel * index // parts, self.numel * (index + 1) // parts
+        return dataclasses.replace(self, start=self.start + first, numel=last - first, offset=self.offset + first)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """What one rank writes of one engine: copies on the CPU."""
+
+    fragments: tuple[Fragment, ...]
+    tensors: dict[str, Tensor]
+    """`<state>/<parameter>`: the stretch that this rank holds."""
+    scalars: dict[str, float]
+    """What is the same for all parameters: the optimizer's step count."""
+
+
+def take(
+    fragments: Iterable[Fragment], partitions: Mapping[str, Sequence[Tensor]], scalars: Mapping[str, float]
+) -> Snapshot:
+    """Copy stretches of partitions; `partitions` by the state's name, each a list that `Fragment.partition` indexes."""
+    kept = tuple(one for one in fragments if one.numel)
+    tensors = {
+        f"{state}/{one.name}": flats[one.partition]
+        .detach()
+        .reshape(-1)[one.offset : one.offset + one.numel]
+        .cpu()
+        .clone()
+        for state, flats in partitions.items()
+        for one in kept
+    }
+    return Snapshot(fragments=kept, tensors=tensors, scalars=dict(scalars))
+
+
+def write(path: Path, snapshot: Snapshot) -> None:
+    listed = [[one.name, list(one.shape), one.start, one.numel] for one in snapshot.fragments]
+    about = {"fragments": json.dumps(listed), "scalars": json.dumps(snapshot.scalars)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(snapshot.tensors, path, metadata=about)
+
+
+class Pieces:
+    """The files that the ranks of some world wrote of one engine, read as whole parameters or any stretch of them.
+
+    Raises ArtifactError where a file cannot be read or the stretches leave a gap.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.where = str(paths[0].parent) if paths else ""
+        self.scalars: dict[str, float] = {}
+        self.states: tuple[str, ...] = ()
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._pieces: dict[str, list[tuple[int, int, Any]]] = {}
+        for path in paths:
+            self._open(path)
+        for pieces in self._pieces.values():
+            pieces.sort(key=lambda piece: piece[:2])
+
+    def _open(self, path: Path) -> None:
+        try:
+            file = safetensors.safe_open(path, framework="pt")
+            about = file.metadata()
+            listed, scalars = json.loads(about["fragments"]), json.loads(about["scalars"])
+        except (safetensors.SafetensorError, TypeError, KeyError, ValueError) as error:
+            raise ArtifactError(
+                f"The part of a checkpoint cannot be read: {error}", where=str(path), mend="Remove this checkpoint."
+            ) from None
+        self.scalars = scalars or self.scalars
+        self.states = tuple(sorted(set(self.states) | {name.split("/", 1)[0] for name in file.keys()}))  # noqa: SIM118
+        for name, shape, start, numel in listed:
+            self.shapes[name] = tuple(shape)
+            self._pieces.setdefault(name, []).append((start, numel, file))
+
+    def stretch(self, state: str, name: str, start: int, numel: int) -> Tensor:
+        """Elements [start, start + numel) of a flattened parameter's `state`, from as many files as hold some of them."""
+        pieces = self._pieces.get(name, [])
+        parts, at = [], start
+        first = max(bisect.bisect_right(pieces, at, key=lambda piece: piece[0]) - 1, 0)
+        for begin, length, file in pieces[first:]:
+            if at >= start + numel:
+                break
+            if begin <= at < begin + length:
+                last = min(begin + length, start + numel)
+                parts.append(file.get_slice(f"{state}/{name}")[at - begin : last - begin])
+                at = last
+        if at < start + numel:
+            raise ArtifactError(
+                f"The checkpoint lacks elements from {at} on of {state} of {name!r}.",
+                where=self.where,
+                mend="Remove this checkpoint; the one before is used then.",
+            )
+        return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+    def full(self, state: str) -> dict[str, Tensor]:
+        """Whole parameters: the state dict of the weights, of their average, or of a moment."""
+        found = {}
+        for name, shape in self.shapes.items():
+            numel = int(torch.Size(shape).numel())
+            found[name] = self.stretch(state, name, 0, numel).reshape(shape)
+        return found
+
+
+def restore(pieces: Pieces, state: str, fragments: Sequence[Fragment], partitions: Sequence[Tensor]) -> None:
+    """Fill a rank's partitions of one state; what no parameter covers, the padding, becomes 0."""
+    by_partition: dict[int, list[Fragment]] = {}
+    for one in fragments:
+        if one.numel:
+            by_partition.setdefault(one.partition, []).append(one)
+    for number, partition in enumerate(partitions):
+        flat = torch.zeros(partition.numel(), dtype=partition.dtype)
+        for one in by_partition.get(number, ()):
+            flat[one.offset : one.offset + one.numel] = pieces.stretch(state, one.name, one.start, one.numel)
+        partition.data.copy_(flat.reshape(partition.shape))
+
+
+def require_same(pieces: Pieces, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ArtifactError unless the files hold these very parameters; it names the first that differs."""
+    wrong = [name for name in {**shapes, **pieces.shapes} if shapes.get(name) != pieces.shapes.get(name)]
+    if wrong:
+        raise ArtifactError(
+            f"The checkpoint is of another network: {wrong[0]!r} is {pieces.shapes.get(wrong[0], 'missing')} there, "
+            f"{shapes.get(wrong[0], 'missing')} here; {len(wrong) - 1} more differ.",
+            where=pieces.where,
+            mend="Use the configuration that the run began with.",
+        )
+
+
+Reader = Callable[[str], Pieces]
+"""An engine's name -> its pieces."""

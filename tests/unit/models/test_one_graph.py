@@ -1,0 +1,47 @@
+"""Each family is one graph to torch.compile: no break, no value that the host has to wait for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from latentray import build
+from latentray.config import compose
+from latentray.config.train import Train
+
+NAMES = [name for name in compose.groups()["denoiser"] if "tiny" in name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_and_backward_are_one_graph(name, checkpointed):
+    overrides = [f"denoiser={name}", f"denoiser.checkpoint_activations={str(checkpointed).lower()}"]
+    config = compose.load("train", Train, overrides).denoiser
+    net = build.seeded(lambda: build.denoiser(config), 0)
+    every = {
+        "pooled": torch.randn(2, config.pooled_width or 1),
+        "size": torch.rand(2, config.size_numbers),
+        "labels": torch.tensor([0, 1]),
+    }
+    x, t, context = torch.randn(2, config.in_channels, 8, 8), torch.tensor([1.0, 700.0]), torch.randn(2, 5, 16)
+    conditions = {key: every[key] for key in config.reads}
+    graphs: list[torch.fx.GraphModule] = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend=counting, fullgraph=True)  # fullgraph raises at a break
+    for grad in (True, False):
+        graphs.clear()
+        with torch.set_grad_enabled(grad):
+            y = compiled(x, t, context, **conditions)
+            torch.testing.assert_close(y, net(x, t, context, **conditions), rtol=1e-4, atol=1e-5)
+        assert len(graphs) == 1
+    compiled(x, t, context, **conditions).square().mean().backward()
+    assert all(p.grad is not None for p in net.parameters())
