@@ -3,7 +3,7 @@ SHELL := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-full lint format bench clean
+.PHONY: help quickstart test test-full chaos lint format bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -31,10 +31,13 @@ quickstart: $(VENV)/.installed ## raw pictures to a served model, eight to twelv
 	$(BIN)/python -m jobs.quickstart $(QUICKSTART_OVERRIDES)
 
 test: lint ## lint, then every test that is quick and needs no GPU
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu and not chaos"
 
 test-full: lint ## lint, then every test that needs no GPU
-	$(PYTEST) -m "not gpu"
+	$(PYTEST) -m "not gpu and not chaos"
+
+chaos: $(VENV)/.installed-dev ## a quarter of an hour of faults at random times, and what they cost
+	$(PYTEST) -m chaos -s tests/integration/test_chaos.py
 
 lint: $(VENV)/.installed-dev ## style, types, spelling, YAML and import rules
 	$(BIN)/ruff check $(CODE)

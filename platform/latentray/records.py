@@ -80,6 +80,16 @@ class TextEmbedding:
             pooled_BD=self.pooled_BD.to(*args, **kwargs),
         )
 
+    def beside(self, other: TextEmbedding) -> TextEmbedding:
+        """Both, one after the other."""
+        import torch
+
+        return TextEmbedding(
+            tokens_BLD=torch.cat([self.tokens_BLD, other.tokens_BLD]),
+            mask_BL=torch.cat([self.mask_BL, other.mask_BL]),
+            pooled_BD=torch.cat([self.pooled_BD, other.pooled_BD]),
+        )
+
     def rows(self, index) -> TextEmbedding:
         """The rows an index or slice selects."""
         return TextEmbedding(
@@ -123,8 +133,6 @@ class LatentBatch:
     """As a PictureBatch's; None where the latents do not say it."""
     damaged: list[Damaged] = dataclasses.field(default_factory=list)
     traffic: Traffic = dataclasses.field(default_factory=Traffic)
-    first_slot: int = 0
-    """Position of the first sample in the global batch."""
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -1,7 +1,8 @@
 """What the U-Net costs beside diffusers' with the same weights: ratios within one run. `make bench` prints them.
 
 bf16 on one thread, levels of 64, 128 and 256 channels with attention at each, heads of 64, 32x32 latents, 77 text tokens.
-Each of diffusers' modes is timed in turn with each of ours; compiling takes minutes.
+Each of diffusers' modes is timed in turn with each of ours, in CPU seconds of the one thread, which other work on the
+machine disturbs least. Compiling takes minutes.
 """
 
 from __future__ import annotations
@@ -55,16 +56,16 @@ def inputs(batch: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def medians(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Median seconds of each, in turn, after two calls to warm up."""
+    """Median CPU seconds of each, in turn, after two calls to warm up."""
     for call in calls.values():
         call()
         call()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(REPEATS):
         for name, call in calls.items():
-            begin = time.perf_counter()
+            begin = time.thread_time()
             call()
-            seconds[name].append(time.perf_counter() - begin)
+            seconds[name].append(time.thread_time() - begin)
     return {name: statistics.median(many) for name, many in seconds.items()}
 
 

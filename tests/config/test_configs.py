@@ -68,7 +68,10 @@ GROUPS = {
 }
 """Group -> the primary configuration that takes it, or the first of several."""
 
-SHARED = {"doctor": {"cluster", "tracking"}}
+SHARED = {
+    "doctor": {"cluster", "tracking"},
+    "plan": {group for group, taker in GROUPS.items() if taker == "train"},
+}
 """Primary configuration -> groups that it takes besides."""
 
 NEEDS = {
@@ -76,6 +79,7 @@ NEEDS = {
     ("source", "table"): ["path=p"],
     ("source", "webdataset"): ["path=p"],
     ("deepspeed", "zero0"): ["precision=autocast"],
+    ("optimizer", "adafactor"): ["deepspeed=zero0", "precision=autocast"],
 }
 """What a member of a group needs besides."""
 

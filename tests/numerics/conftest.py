@@ -95,6 +95,7 @@ def runs(inputs, tmp_path_factory) -> dict[str, Run]:
         job("stage1", stage1),
         job("edm", edm),
         job("mixed", mixed),
+        job("sizes", [*stage2, "denoiser.pooled_width=16", "denoiser.size_numbers=6", "denoiser.size_width=8"]),
         job("resumed", often, die_at=4),
     ]
     outputs = {"one": _run(root, one, expect=9)}

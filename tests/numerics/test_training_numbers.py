@@ -67,6 +67,14 @@ def test_the_variance_exploding_case_trains_and_is_drawn_from(runs):
     assert any(runs["edm"].out.rglob("*samples*.png"))
 
 
+def test_a_denoiser_that_reads_pooled_text_and_sizes_trains_and_is_drawn_from(runs):
+    sizes, without = runs["sizes"].trajectory("train/loss"), runs["stage2"].trajectory("train/loss")
+    assert len(sizes) == len(without) and all(0 < loss < 5 for loss in sizes)
+    assert sizes != without
+    assert runs["sizes"].exported().keys() > runs["stage2"].exported().keys()
+    assert any(runs["sizes"].out.rglob("*samples*.png"))
+
+
 def test_a_mixture_with_a_cut_shard_trains_the_same_on_any_number_of_workers(runs):
     one, two = runs["mixed"], runs["mixed_two"]
     for name in STAGES["stage1"]:

@@ -83,6 +83,13 @@ def typed(cfg: DictConfig, schema: type[Schema]) -> Schema:
         if "not in" in what and key:
             known = _leaves(OmegaConf.structured(schema))
             raise _unknown(str(key), known) from None
+        if "is not a subclass of" in what and key:
+            inner = [leaf for leaf in _leaves(OmegaConf.structured(schema)) if leaf.startswith(f"{key}.")]
+            raise ConfigError(
+                "It is a group of settings, not a value.",
+                where=str(key),
+                mend=f"Set one of its keys: {', '.join(inner)}.",
+            ) from None
         raise ConfigError(what, where=str(key), mend=_wanted(schema, str(key))) from None
 
 
@@ -106,12 +113,20 @@ def to_plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def groups_of(name: str) -> dict[str, list[str]]:
-    """The groups that a job takes: those of its defaults list."""
-    listed = yaml.safe_load((conf_dir() / f"{name}.yaml").read_text()).get("defaults", [])
-    taken = {
-        str(key).split()[-1].strip("/").split("@")[0] for entry in listed if isinstance(entry, dict) for key in entry
-    }
+    """The groups that a job takes: those of its defaults list, and of the configurations that the list names."""
+    taken = _groups_taken(name)
     return {group: names for group, names in groups().items() if group in taken}
+
+
+def _groups_taken(name: str) -> set[str]:
+    listed = yaml.safe_load((conf_dir() / f"{name}.yaml").read_text()).get("defaults", [])
+    taken: set[str] = set()
+    for entry in listed:
+        if isinstance(entry, dict):
+            taken |= {str(key).split()[-1].strip("/").split("@")[0] for key in entry}
+        elif entry != "_self_":
+            taken |= _groups_taken(str(entry).strip("/").split("@")[0])
+    return taken
 
 
 def groups() -> dict[str, list[str]]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from latentray.config.autoencoder import AutoencoderConfig
 from latentray.config.cluster import ClusterConfig
+from latentray.config.deepspeed import DeepSpeedConfig
 from latentray.config.denoiser import DenoiserConfig
 from latentray.config.faults import FaultsConfig
 from latentray.config.feed import CROPS, BucketsConfig, DamageConfig, FetchConfig, MixtureConfig, OrderConfig
@@ -105,36 +105,6 @@ class StageConfig:
 
 
 @dataclasses.dataclass(kw_only=True)
-class DeepSpeedConfig:
-    """What of DeepSpeed's configuration latentray does not derive itself."""
-
-    zero_stage: int = 1
-    """0, 1 (optimizer state shared out), 2 (gradients too) or 3 (parameters too)."""
-    offload_optimizer: str = "none"
-    """none, cpu or nvme."""
-    offload_parameters: str = "none"
-    """none, cpu or nvme (stage 3)."""
-    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Merged over the derived DeepSpeed configuration; anything DeepSpeed takes."""
-
-    def __post_init__(self) -> None:
-        if self.zero_stage not in (0, 1, 2, 3):
-            raise ConfigError(
-                f"There is no ZeRO stage {self.zero_stage}.", where="deepspeed.zero_stage", mend="Use 0 to 3."
-            )
-        for key in ("offload_optimizer", "offload_parameters"):
-            if getattr(self, key) not in ("none", "cpu", "nvme"):
-                raise ConfigError(f"{key} takes none, cpu or nvme.", where=f"deepspeed.{key}", mend="Correct it.")
-        for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-            if key in self.extra:
-                raise ConfigError(
-                    f"{key} is derived from global_batch_size and the number of workers.",
-                    where=f"deepspeed.extra.{key}",
-                    mend="Set global_batch_size and micro_batch_size instead.",
-                )
-
-
-@dataclasses.dataclass(kw_only=True)
 class ResumeConfig:
     """What a resumed run may change. World size and ZeRO stage always may; what is learnt, and from what, may not."""
 
@@ -186,6 +156,9 @@ class Train:
     """Largest number of samples a worker takes at once; null is its whole share. Accumulation follows from it."""
     precision: str = "bf16"
     """bf16 (bf16 weights, fp32 master copy; ZeRO stage >= 1), autocast (fp32 weights, bf16 arithmetic) or fp32."""
+    compile: bool = False
+    """Compile the network (torch.compile): faster steps after a first one of minutes; the workers need a C++ compiler. At
+    ZeRO stage 3 DeepSpeed's hooks cut the graph at every layer, and little is gained."""
     ema_half_life_samples: int = 500_000
     """The exponential moving average of the weights halves the past in so many samples."""
     seed: int = 0
@@ -207,6 +180,8 @@ class Train:
                 where="precision",
                 mend="Set deepspeed.zero_stage=1 or more, or precision=autocast.",
             )
+        self.optimizer.require_stage(self.deepspeed.zero_stage, offloaded=self.deepspeed.offload_optimizer != "none")
+        self.deepspeed.require_agreement(clip=self.optimizer.clip, precision=self.precision)
         for key in ("total_samples", "global_batch_size", "size", "ema_half_life_samples", "keep_checkpoints"):
             if getattr(self, key) < 1:
                 raise ConfigError("It must be at least 1.", where=key, mend=f"Raise {key}.")

@@ -170,7 +170,7 @@ class Order:
                     where="order.streams",
                     mend="Use a divisor of global_batch_size, or null for one stream per slot.",
                 )
-            if self.reading.drop_remainder and count < batch:
+            if self.reading.drop_remainder and 0 < count < batch:
                 raise ConfigError(
                     f"An epoch would have no step: the global batch is {batch}, the data {count} samples.",
                     where="global_batch_size",

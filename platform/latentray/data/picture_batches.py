@@ -10,7 +10,7 @@ import torch
 
 from latentray.data import decode, members
 from latentray.data.damage import DAMAGED, damaged
-from latentray.data.pipeline import OrderedSource, Part, Sample, common, parts_of, places
+from latentray.data.pipeline import Part, Sample, Source, common, parts_of, places
 from latentray.data.read_ahead import ahead
 from latentray.data.transforms import Augment, Draws, draws_of
 from latentray.errors import LatentrayError
@@ -18,7 +18,7 @@ from latentray.records import PICTURE_SUFFIXES, PictureBatch
 
 
 def picture_batches(
-    source: OrderedSource, *, shapes: Sequence[tuple[int, int]], augment: Augment, workers: int = 0
+    source: Source, *, shapes: Sequence[tuple[int, int]], augment: Augment, workers: int = 0
 ) -> Iterator[PictureBatch]:
     """One PictureBatch per step of the source, with its rank's slice.
 

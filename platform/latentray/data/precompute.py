@@ -177,7 +177,7 @@ def _encoded(config: PrecomputeLatents, job: Job, parts: Sequence[Part]) -> Iter
             batch_size=1,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(
-                min_size=min(config.actors[0], most),
+                min_size=min(config.actors[0] if gpus else fewest_encoders(have.get("CPU", 1), config.actors[0]), most),
                 max_size=most,
                 max_concurrent_calls_per_actor=_WRITING,
                 max_tasks_in_flight_per_actor=_WRITING + 1,
@@ -208,10 +208,20 @@ def _is_own(config: PrecomputeLatents) -> bool:
 
 
 def _cores(config: PrecomputeLatents) -> float:
-    """Cores of a task, and of an encoder without a GPU: half a core each where there is but one to share."""
+    """Cores of a task, and of an encoder without a GPU: half a core each where else no core were left to decode."""
     import ray
 
-    return 0.5 if _is_own(config) and ray.cluster_resources().get("CPU", 1) < 2 else 1
+    return cores_each(ray.cluster_resources().get("CPU", 1), config.actors[0])
+
+
+def cores_each(cores: float, encoders: int) -> float:
+    """What each task and each of so many encoders asks for of so many cores, so that one reader runs beside them."""
+    return 1 if cores >= encoders + 1 else 0.5
+
+
+def fewest_encoders(cores: float, encoders: int) -> int:
+    """How many of the encoders that are wanted at least can run, with a reader beside them."""
+    return max(min(encoders, int(cores / cores_each(cores, encoders)) - 1), 1)
 
 
 def _require_room(have: dict[str, float], part_bytes: int) -> None:

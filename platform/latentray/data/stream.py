@@ -132,7 +132,7 @@ def stream_batches(
         blocks=BlockCache(store.cache_dir() / "blocks", capacity_bytes=cache_bytes, budget_s=budget_s),
     )
     toll = _Toll(len(source.uris), max_bad_fraction)
-    made = picture_batches(source, shapes=[shape], augment=augment, workers=workers)  # type: ignore[arg-type]
+    made = picture_batches(source, shapes=[shape], augment=augment, workers=workers)
     return map(toll.noted, made)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from latentray import randomness
+from latentray.conditioning.denoiser_inputs import size_of
 from latentray.data import decode
 from latentray.diffusion import losses, timesteps
 from latentray.inference.sampling import TextToImage
@@ -31,13 +32,14 @@ def loss(model: TextToImage, pictures_NHWC: np.ndarray, captions: Sequence[str],
         part = pictures_NHWC[i : i + _BATCH]
         x = decode.to_tensor(part).to(model.device, model.dtype)
         x0 = model.model.scale.normalise(model.autoencoder.encode(x).mean_BChw.float())
-        context = model.embed(captions[i : i + _BATCH])
+        text = model.embed(captions[i : i + _BATCH])
+        sizes = torch.tensor([size_of(*part.shape[1:3])] * len(part), device=model.device)
         ids = [SampleId(epoch=0, dataset=0, index=i + j) for j in range(len(part))]
         noise = randomness.normal(randomness.keys_of(seed, Purpose.NOISE, ids), x0.shape[1:]).to(model.device)
         for level in range(LEVELS):
             t = levels[level].repeat(len(part)).to(model.device)
             batch = losses.noised(objective, schedule, x0, noise, t)
-            y = model.denoiser(batch.x_BChw.to(model.dtype), batch.t_B, context)
+            y = model.denoise(batch.x_BChw.to(model.dtype), batch.t_B, text, sizes)
             error = (y.float() - batch.target_BChw).square().flatten(1).mean(1)
             sums[level] += error.double().sum().cpu()
     means = (sums / len(pictures_NHWC)).tolist()

@@ -26,7 +26,6 @@ from latentray.config.denoiser import DenoiserConfig
 from latentray.config.objective import ObjectiveConfig
 from latentray.errors import ArtifactError
 from latentray.models.autoencoder import KLAutoencoder, LatentScale
-from latentray.models.unet import UNet
 
 FORMAT = 1
 
@@ -47,7 +46,7 @@ class Model:
     digest: str
     autoencoder: KLAutoencoder
     scale: LatentScale
-    denoiser: UNet
+    denoiser: build.Denoiser
     objective: ObjectiveConfig
     text_encoder: text.TextEncoder
     defaults: SamplingDefaults

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from latentray import build, randomness
+from latentray.conditioning.denoiser_inputs import conditions, size_of
 from latentray.diffusion import guidance, samplers, schedules
 from latentray.diffusion.executor import Slots, Table
 from latentray.diffusion.schedules import RectifiedFlow
@@ -37,7 +38,9 @@ class TextToImage:
         self.dtype = dtype or _fast_dtype(self.device)
         self.model = model
         self.schedule = schedules.build(model.objective)
-        self.denoiser = model.denoiser.to(self.device, self.dtype)
+        # Convolutions in bf16 are fastest with channels last, on GPUs and on CPUs with bf16 matrix units.
+        layout = torch.channels_last if self.dtype == torch.bfloat16 else torch.contiguous_format
+        self.denoiser = model.denoiser.to(self.device, self.dtype, memory_format=layout)
         self.autoencoder = model.autoencoder.to(self.device, self.dtype)
         model.text_encoder.model.to(self.device)
         self._embeddings: collections.OrderedDict[str, TextEmbedding] = collections.OrderedDict()
@@ -207,17 +210,26 @@ class TextToImage:
             )
         return self.autoencoder.config.latent_channels, height // f, width // f
 
-    def embed(self, prompts: Sequence[str]) -> Tensor:
-        """Token embeddings (B,L,D), each distinct prompt encoded once and kept for the next request."""
+    def embed(self, prompts: Sequence[str]) -> TextEmbedding:
+        """Embeddings of the prompts, each distinct one encoded once and kept for the next request."""
         missing = sorted({p for p in prompts if p not in self._embeddings})
         if missing:
             embedded = self.model.text_encoder.embed(missing)
             for i, prompt in enumerate(missing):
                 self._embeddings[prompt] = embedded.rows(slice(i, i + 1))
-        tokens = torch.cat([self._embeddings[p].tokens_BLD for p in prompts])
+        kept = [self._embeddings[p] for p in prompts]
         while len(self._embeddings) > 4096:
             self._embeddings.popitem(last=False)
-        return tokens.to(self.device, self.dtype)
+        return TextEmbedding(
+            tokens_BLD=torch.cat([one.tokens_BLD for one in kept]),
+            mask_BL=torch.cat([one.mask_BL for one in kept]),
+            pooled_BD=torch.cat([one.pooled_BD for one in kept]),
+        ).to(self.device, self.dtype)
+
+    def denoise(self, x: Tensor, t: Tensor, text: TextEmbedding, size_B6: Tensor) -> Tensor:
+        """The network's output for noisy latents and embedded prompts of pictures of these sizes."""
+        told = conditions(self.denoiser.config, text, size_B6.to(x))
+        return self.denoiser(x, t, text.tokens_BLD, **told)
 
 
 class _Guided:
@@ -227,6 +239,8 @@ class _Guided:
         self.model = model
         self.positive = model.embed([r.prompt for r in requests])
         self.negative = model.embed([r.negative_prompt for r in requests])
+        sizes = [size_of(r.height, r.width) for r in requests]
+        self.sizes = torch.tensor(sizes, dtype=torch.float32, device=model.device)
         self.rescale = torch.tensor([r.guidance_rescale for r in requests], device=model.device)
         self.rescales = any(r.guidance_rescale for r in requests)
         self.channels = torch.stack([e.channels() for e in edits]).to(model.dtype) if model.takes_mask else None
@@ -235,10 +249,11 @@ class _Guided:
         x = x.to(self.model.dtype)
         if self.channels is not None:
             x = torch.cat([x, self.channels[rows]], dim=1)
-        positive = self.positive[rows]
+        positive, sizes = self.positive.rows(rows), self.sizes[rows]
         if all(scale == 1 for scale in scales):
-            return self.model.denoiser(x, t, positive)
-        both = self.model.denoiser(torch.cat([x, x]), torch.cat([t, t]), torch.cat([self.negative[rows], positive]))
+            return self.model.denoise(x, t, positive, sizes)
+        text = self.negative.rows(rows).beside(positive)
+        both = self.model.denoise(torch.cat([x, x]), torch.cat([t, t]), text, torch.cat([sizes, sizes]))
         without, with_text = both.float().chunk(2)
         guided = guidance.classifier_free(without, with_text, torch.tensor(scales).to(x.device, non_blocking=True))
         return guidance.rescale(guided, with_text, self.rescale[rows]) if self.rescales else guided

@@ -67,7 +67,7 @@ def quickstart_page(report: Mapping[str, Any], pictures: Mapping[str, Image.Imag
     unseen = {str(caption) for caption in _list(value_at(report, "samples.heldout"))}
     blocks, others = _caption_blocks(samples, unseen)
     return (
-        _environment()
+        environment()
         .get_template("page.html.j2")
         .render(
             headline=_headline(report),
@@ -92,7 +92,7 @@ def quickstart_page(report: Mapping[str, Any], pictures: Mapping[str, Image.Imag
             unseen=sorted(unseen),
             curves=[{"title": title, "uri": svg_uri(svg)} for title, svg in curves.items()],
             timings=_timings(report),
-            config=_config_text(report.get("config")),
+            config=config_text(report.get("config")),
             commands=[
                 c if isinstance(c, Mapping) else {"title": "", "command": str(c)} for c in _list(report.get("commands"))
             ],
@@ -225,14 +225,14 @@ def _timings(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     return bars
 
 
-def _config_text(config: Any, indent: int = 0) -> str:
+def config_text(config: Any, indent: int = 0) -> str:
     """A nested configuration in YAML's look; a text as it is."""
     if config is None or isinstance(config, str):
         return config or ""
     lines: list[str] = []
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
-            lines += [f"{' ' * indent}{key}:", _config_text(value, indent + 2)]
+            lines += [f"{' ' * indent}{key}:", config_text(value, indent + 2)]
         else:
             lines.append(f"{' ' * indent}{key}: {value}")
     return "\n".join(lines)
@@ -242,6 +242,6 @@ def _list(value: Any) -> Sequence[Any]:
     return value if isinstance(value, Sequence) and not isinstance(value, str) else ()
 
 
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
     loader = jinja2.PackageLoader("latentray.reporting", package_path="")
     return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)

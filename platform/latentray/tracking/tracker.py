@@ -71,11 +71,12 @@ def open(
         run_folder: a local folder; gets `metrics.jsonl`, `artifacts.jsonl`, `pictures/` and W&B's own `wandb/`.
         resolved_config: the whole configuration of the job, for W&B's config page.
         resumed_at: samples seen by the checkpoint that the run continues from. Lines after it, which the run will
-            write again, are dropped from `metrics.jsonl`. None finds the point by the first line logged.
+            write again, are dropped from `metrics.jsonl`, and W&B gets those before it that it lacks. None finds the
+            point by the first line logged.
     """
     trackers: list[Tracker] = [JsonlTracker(run_folder, resumed_at=resumed_at)]
     if effective_mode(config) != "disabled":
-        trackers.append(WandbTracker(config, run_id, run_folder, resolved_config))
+        trackers.append(WandbTracker(config, run_id, run_folder, resolved_config, resumed_at=resumed_at))
     return _Several(trackers)
 
 

@@ -1,4 +1,4 @@
-"""Weights & Biases, kept off the training loop: a queue and one daemon thread; the only file that imports `wandb`.
+"""Weights & Biases, kept off the training loop: a queue and one daemon thread.
 
 The thread starts the W&B run, so a server that is dead or hangs delays nothing: after `start_seconds` the run is
 recorded offline instead. `log` only enqueues. Where W&B loses something, `metrics.jsonl` still has it.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import glob
 import json
 import logging
 import netrc
@@ -27,6 +26,8 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from latentray.config.tracking import TrackingConfig
+from latentray.tracking import names, offline
+from latentray.tracking.jsonl import METRICS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -71,14 +72,21 @@ class WandbTracker:
     """Sends a run to W&B from a thread of its own. See `tracker.Tracker` for the methods.
 
     A run that continues takes the same `run_id`: online W&B appends to it; offline each attempt leaves one folder,
-    and `sync_command` names them all.
+    and `sync_command` names them all. Its history has every step once: an attempt leaves out the steps that W&B has
+    already, and sends from `metrics.jsonl` those before `resumed_at` that an earlier attempt could not send any more.
     """
 
     def __init__(
-        self, config: TrackingConfig, run_id: str, run_folder: Path, resolved_config: Mapping[str, Any]
+        self,
+        config: TrackingConfig,
+        run_id: str,
+        run_folder: Path,
+        resolved_config: Mapping[str, Any],
+        *,
+        resumed_at: int | None = None,
     ) -> None:
         self._config, self._run_id, self._folder = config, run_id, Path(run_folder)
-        self._resolved = dict(resolved_config)
+        self._resolved, self._resumed_at = dict(resolved_config), resumed_at or 0
         self._queue: queue.Queue[Callable[[Any], None] | None] = queue.Queue(_QUEUE_SIZE)
         self._run: Any = None
         self._offline = False
@@ -87,6 +95,7 @@ class WandbTracker:
         self._dropped = 0
         self._failures = 0
         self._step = 0
+        self._known = -1
         with contextlib.suppress(Exception):  # here, not in the thread, where it would hold the interpreter's lock
             _wandb()  # against the first steps; what fails is reported by `_start`
         self._thread: threading.Thread | None = threading.Thread(target=self._work, name="wandb-tracker", daemon=True)
@@ -94,7 +103,7 @@ class WandbTracker:
 
     def log(self, samples: int, metrics: Mapping[str, float]) -> None:
         values = {name: float(value) for name, value in metrics.items()}
-        self._put(lambda run: run.log(values, step=self._at(samples)))
+        self._put(lambda run: self._send(run, samples, values))
 
     def image(self, samples: int, name: str, picture: str | Path | np.ndarray, caption: str = "") -> None:
         from PIL import Image
@@ -141,15 +150,32 @@ class WandbTracker:
         self._started.wait(timeout=2 * self._config.start_seconds)
         if self._run is None or (not self._offline and (self._thread is not None or self._complete)):
             return None
-        name = f"{'offline-run' if self._offline else 'run'}-*-{glob.escape(self._run_id)}"
-        folders = sorted(glob.glob(os.path.join(glob.escape(str(self._folder.absolute())), "wandb", name)))
-        return shlex.join(["wandb", "sync", "--id", self._run_id, *folders])
+        folders = offline.folders(self._folder, self._run_id, offline=self._offline)
+        asked = [] if self._offline else ["--no-skip-online"]  # else it passes over a run that began online
+        return shlex.join(["wandb", "sync", *asked, "--id", self._run_id, *folders])
 
     def _put(self, send: Callable[[Any], None]) -> None:
         try:
             self._queue.put_nowait(send)
         except queue.Full:
             self._dropped += 1
+
+    def _send(self, run: Any, samples: int, values: Mapping[str, float]) -> None:
+        """Log a line, unless W&B has it from an earlier attempt. The export's line stands at the last step's samples."""
+        is_step = names.TRAIN_SAMPLES_PER_SECOND in values or names.TRAIN_LOSS in values
+        if samples > self._known or (samples == self._known and not is_step):
+            run.log(dict(values), step=self._at(samples))
+
+    def _catch_up(self) -> None:
+        """Send the lines before `resumed_at` that W&B lacks: an earlier attempt's server, or its process, was gone."""
+        path = self._folder / METRICS_FILE
+        for line in path.read_text().splitlines() if self._resumed_at and path.exists() else ():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line, of the loop that is writing now
+                record = json.loads(line)
+                samples = int(record.pop("samples"))
+                if self._known < samples <= self._resumed_at:
+                    del record["time"]
+                    self._send(self._run, samples, {name: float(value) for name, value in record.items()})
 
     def _at(self, samples: int) -> int:
         """W&B drops what goes back in step, and the picture of a validation may come after the next losses."""
@@ -182,6 +208,7 @@ class WandbTracker:
 
     def _start(self) -> None:
         mode = effective_mode(self._config)
+        recorded = offline.last_step(self._folder, self._run_id)
         if mode == "online" and (reason := unreachable(base_url(), api_key())):
             logger.warning("W&B at %s %s; this run is recorded offline.", base_url(), reason)
             mode = "offline"
@@ -194,6 +221,9 @@ class WandbTracker:
             _wandb().teardown()  # its service holds the run's id until then
             self._run = self._init(mode := "offline")
         self._offline = mode == "offline"
+        self._step = 0 if self._offline else int(self._run.starting_step)
+        self._known = recorded if self._offline else self._step - 1
+        self._catch_up()
 
     def _init(self, mode: str) -> Any:
         wandb = _wandb()

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from latentray.checkpoint import manifest, store
 from latentray.config import compose
+from latentray.config.train import Train
 from latentray.errors import ArtifactError, DigestMismatch, FingerprintMismatch, StorageFailed
 from latentray.training import partitions
 from latentray.training.ema import EMA
@@ -232,9 +233,9 @@ def require_like(saved: Saved, config: Mapping[str, Any], inputs: Mapping[str, s
     """Raise FingerprintMismatch where a checkpoint is of another format, of other data, or of other settings that matter.
 
     World size and ZeRO stage may differ. What `allow` names (`optimizer`, `optimizer.lr`, `data`) may differ too. Another
-    commit is only told.
+    commit is only told, and a setting that the one then did not have yet had its default.
     """
-    meta, then = saved.manifest.meta, saved.manifest.config
+    meta, then = saved.manifest.meta, _filled(saved.manifest.config, compose.to_dict(Train()))
     if meta.get("format") != FORMAT:
         raise FingerprintMismatch(
             f"The checkpoint has format {meta.get('format')}; this version reads format {FORMAT}.",
@@ -269,6 +270,16 @@ def _differences(key: str, before: Any, now: Any) -> list[tuple[str, Any, Any]]:
             for found in _differences(f"{key}.{name}", before.get(name), now.get(name))
         ]
     return [] if before == now else [(key, before, now)]
+
+
+def _filled(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """`values`, with the defaults of what they do not name."""
+    return {
+        key: _filled(values[key], default)
+        if isinstance(default, Mapping) and isinstance(values.get(key), Mapping)
+        else values.get(key, default)
+        for key, default in {**values, **defaults}.items()
+    }
 
 
 def _is_allowed(key: str, allow: list[str]) -> bool:

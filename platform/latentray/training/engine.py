@@ -6,6 +6,7 @@ in one backward; what needs gradients elsewhere (the adaptive weight) takes them
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -17,10 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from latentray.config.optimizer import OptimizerConfig
 from latentray.config.train import Train
 from latentray.errors import ConfigError
-from latentray.training import partitions
+from latentray.training import optimizers, partitions
 from latentray.training.partitions import Fragment, Pieces, Snapshot
 
 
@@ -32,6 +32,8 @@ def deepspeed_config(config: Train, world: int) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": config.deepspeed.offload_optimizer}
     if config.deepspeed.offload_parameters != "none":
         zero["offload_param"] = {"device": config.deepspeed.offload_parameters}
+    if config.deepspeed.nvme_path is not None:
+        zero["offload_param"]["nvme_path"] = config.deepspeed.nvme_path
     derived: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
@@ -67,7 +69,9 @@ class Engine:
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)  # DeepSpeed's own
+        warnings.filterwarnings(
+            "ignore", message=".*(all_gather_into|reduce_scatter)_tensor", category=FutureWarning
+        )  # DeepSpeed's own
         # Its shared-memory collective is C++ that would be compiled at the first start, for one node only; gloo does it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.config, self.device = config, device
@@ -76,13 +80,15 @@ class Engine:
         self.applied = True
         """False where the last step was dropped: its gradients were no numbers."""
         self.lr_factor = (lr or config.optimizer.lr) / config.optimizer.lr
+        if config.compile or config.optimizer.name == "muon":
+            optimizers.require_compiler()
         module = module.to(device)
-        parameters = [p for p in module.parameters() if p.requires_grad]
+        optimizer = optimizers.build(module, config.optimizer, muon=_deepspeed_muon)
         try:
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=module,
-                model_parameters=parameters,
-                optimizer=_adamw(parameters, config.optimizer, device),
+                model_parameters=[p for p in module.parameters() if p.requires_grad],
+                optimizer=optimizer,
                 config=deepspeed_config(config, world),
                 dist_init_required=False,
             )
@@ -94,6 +100,8 @@ class Engine:
                 where="deepspeed.extra",
                 mend="Correct or remove the block.",
             ) from None
+        if config.compile:
+            self._engine.compile()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,8 +112,8 @@ class Engine:
     def module(self) -> nn.Module:
         return self._engine.module
 
-    def __call__(self, *args: Any) -> Any:
-        return self._engine(*args)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss if self.veto is None else self.veto(loss))
@@ -129,7 +137,7 @@ class Engine:
 
     def set_lr(self, lr: float) -> None:
         for group in self._optimizer.param_groups:
-            group["lr"] = lr * self.lr_factor
+            group["lr"] = lr * self.lr_factor * group.get(optimizers.LR_RATIO, 1.0)
 
     @property
     def gradient_norm(self) -> float:
@@ -160,41 +168,134 @@ class Engine:
         """Of each trained parameter, whole."""
         return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._trained()}
 
-    def optimizer_states(self) -> tuple[dict[str, list[Tensor]], dict[str, float]]:
-        """The optimizer's tensors by name, a list like `master_partitions` each, and its numbers; none before its first step."""
-        found = [self._optimizer_state(flat) for flat in self.master_partitions()]
-        tensors = {key: [one[key] for one in found] for key, value in found[0].items() if _is_like(value, found, key)}
-        numbers = {key: float(value) for key, value in found[0].items() if _is_number(value)}
+    def optimizer_states(self) -> tuple[dict[str, list[Tensor | None]], dict[str, float]]:
+        """The optimizer's tensors by name and its numbers; none before its first step.
+
+        A list like `master_partitions` each, with None where a partition has no such state, or one that is not cut like it
+        (see `_uncut_states`).
+        """
+        found = [self._cut_states(number, flat) for number, flat in enumerate(self.master_partitions())]
+        tensors = {key: [one.get(key) for one in found] for key in dict.fromkeys(key for one in found for key in one)}
+        numbers = {
+            key: float(value)
+            for flat in self.master_partitions()
+            for key, value in self._base.state.get(flat, {}).items()
+            if _is_number(value)
+        }
         return tensors, numbers
 
     def snapshot(self, average: Sequence[Tensor] = ()) -> Snapshot:
         """A copy of this rank's share of weights and optimizer, and of an average that is cut like the weights."""
         tensors, numbers = self.optimizer_states()
-        held: dict[str, Sequence[Tensor]] = {partitions.WEIGHT: self.master_partitions(), **tensors}
+        held: dict[str, Sequence[Tensor | None]] = {partitions.WEIGHT: self.master_partitions(), **tensors}
         if average:
             held[partitions.EMA] = average
-        return partitions.take(self.own_fragments(), held, numbers)
+        return partitions.take(self.own_fragments(), held, numbers, self._uncut_states())
 
     def restore(self, pieces: Pieces) -> None:
         """Take weights and optimizer over from a checkpoint of any world size and ZeRO stage. Collective.
 
-        Raises ArtifactError where it is of another network, or of another optimizer.
+        States of another optimizer are left alone: this one begins afresh. Raises ArtifactError where the checkpoint is of
+        another network.
         """
         partitions.require_same(pieces, self.shapes)
         fragments, masters = self.fragments(), self.master_partitions()
         partitions.restore(pieces, partitions.WEIGHT, fragments, masters)
-        for state in pieces.states:
-            if state in (partitions.WEIGHT, partitions.EMA):
-                continue
-            flats = [self._optimizer_state(flat).setdefault(state, torch.zeros_like(flat.data)) for flat in masters]
-            partitions.restore(pieces, state, fragments, flats)
-        for key, value in pieces.scalars.items():
-            if key not in self._optimizer_numbers:
-                continue
-            for flat in masters:
-                where = flat.device if self._base.defaults.get("fused") else "cpu"
-                self._optimizer_state(flat)[key] = torch.tensor(value, dtype=torch.float32, device=where)
+        for number, flat in enumerate(masters):
+            self._restore_states(pieces, number, flat, [one for one in fragments if one.partition == number])
         self.refresh()
+
+    def _restore_states(self, pieces: Pieces, number: int, flat: Tensor, fragments: Sequence[Fragment]) -> None:
+        """Fill the optimizer's state of one partition with what the checkpoint has of it."""
+        by_muon = bool(self._group_of(number).get("use_muon"))
+        before, found = self._base.state.pop(flat, {}), {}
+        for key in optimizers.STATES[self.config.optimizer.name]:
+            if by_muon == (key == optimizers.MOMENTUM):
+                value = self._state_of(pieces, key, number, flat, fragments)
+                if value is not None:
+                    kept = torch.is_tensor(before.get(key)) and before[key].shape == value.shape
+                    found[key] = before[key].copy_(value) if kept else value.to(flat.device)
+        if found and "step" in pieces.scalars and not by_muon:
+            fused = any(group.get("fused") for group in self._base.param_groups)
+            where = flat.device if fused else "cpu"
+            found["step"] = torch.tensor(pieces.scalars["step"], dtype=torch.float32, device=where)
+        if found:
+            self._base.state[flat] = found
+
+    def _state_of(
+        self, pieces: Pieces, key: str, number: int, flat: Tensor, fragments: Sequence[Fragment]
+    ) -> Tensor | None:
+        """One state of a partition from a checkpoint, None where that holds none of it."""
+        for one in fragments:
+            if (whole := pieces.whole(key, one.name)) is not None:
+                return whole
+        if key not in pieces.states:
+            return None
+        if self._holds_whole(number):
+            return self._momentum_of(pieces, number)
+        held = [dataclasses.replace(one, partition=0) for one in fragments if pieces.has(key, one.name)]
+        if fragments and not held:
+            return None
+        value = torch.zeros_like(flat.data)
+        partitions.restore(pieces, key, held, [value])
+        return value
+
+    def _cut_states(self, number: int, flat: Tensor) -> dict[str, Tensor]:
+        """The optimizer's tensors that lie like a partition."""
+        state = self._base.state.get(flat, {})
+        if self._holds_whole(number):
+            return {
+                key: self._cut_momentum(number, flat, value) for key, value in state.items() if torch.is_tensor(value)
+            }
+        return {key: value for key, value in state.items() if _is_like(value, flat)}
+
+    def _uncut_states(self) -> dict[str, Tensor]:
+        """Factored moments (stage 0), by `<state>/<parameter>`: those that are this rank's to write."""
+        if self.config.deepspeed.zero_stage:
+            return {}
+        mine = [
+            (name, p) for name, p in self._trained() if self._place[id(p)] % dist.get_world_size() == dist.get_rank()
+        ]
+        return {
+            f"{key}/{name}": value
+            for name, p in mine
+            for key, value in self._base.state.get(p, {}).items()
+            if torch.is_tensor(value) and not _is_like(value, p) and not _is_number(value)
+        }
+
+    def _group_of(self, number: int) -> dict[str, Any]:
+        """The group of a partition: its settings."""
+        flat = self.master_partitions()[number]
+        return next((one for one in self._base.param_groups if any(p is flat for p in one["params"])), {})
+
+    def _holds_whole(self, number: int) -> bool:
+        """Whether a partition's momentum is of whole matrices: DeepSpeed keeps it so on every rank that holds a part of one."""
+        return bool(self.config.deepspeed.zero_stage) and bool(self._group_of(number).get("use_muon"))
+
+    def _matrices(self, number: int) -> Iterator[tuple[str, nn.Parameter, int]]:
+        """Name, parameter and offset of the matrices whose momenta lie one after another in a partition's buffer."""
+        names, offset = {id(p): name for name, p in self._trained()}, 0
+        for p in self._zero.params_in_partition[number]:
+            yield names[id(p)], p, offset
+            offset += p.numel()
+
+    def _cut_momentum(self, number: int, flat: Tensor, whole: Tensor) -> Tensor:
+        cut, offsets = torch.zeros_like(flat.data), {name: at for name, _, at in self._matrices(number)}
+        for one in self.fragments():
+            if one.partition == number and one.numel:
+                begin = offsets[one.name] + one.start
+                cut[one.offset : one.offset + one.numel] = whole[begin : begin + one.numel]
+        return cut
+
+    def _momentum_of(self, pieces: Pieces, number: int) -> Tensor:
+        empty = torch.zeros(0)
+        stretches = [
+            pieces.stretch(optimizers.MOMENTUM, name, 0, p.numel())
+            if pieces.has(optimizers.MOMENTUM, name)
+            else torch.zeros(p.numel())
+            for name, p, _ in self._matrices(number)
+        ]
+        return torch.cat([empty, *stretches])
 
     def refresh(self) -> None:
         """Make the weights that the network computes with from `master_partitions`. Collective."""
@@ -215,11 +316,6 @@ class Engine:
     def _base(self) -> torch.optim.Optimizer:
         """The optimizer that DeepSpeed wraps."""
         return getattr(self._zero, "optimizer", self._zero)
-
-    _optimizer_numbers = ("step",)
-
-    def _optimizer_state(self, flat: Tensor) -> dict[str, Any]:
-        return self._base.state[flat]
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
@@ -278,20 +374,15 @@ _MASTERS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
 _FRAGMENTS = {0: _whole, 1: _of_flat_groups, 2: _of_flat_groups, 3: _of_each}
 
 
-def _is_like(value: Any, states: list[dict[str, Any]], key: str) -> bool:
-    return torch.is_tensor(value) and value.ndim > 0 and all(key in one for one in states)
+def _is_like(value: Any, flat: Tensor) -> bool:
+    return torch.is_tensor(value) and value.ndim > 0 and value.shape == flat.shape
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) or (torch.is_tensor(value) and value.ndim == 0)
 
 
-def _adamw(parameters: list[nn.Parameter], config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        parameters,
-        lr=config.lr,
-        betas=(config.betas[0], config.betas[1]),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+def _deepspeed_muon(*args: Any, **settings: Any) -> torch.optim.Optimizer:
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    return MuonWithAuxAdam(*args, **settings)

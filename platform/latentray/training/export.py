@@ -1,9 +1,8 @@
-"""What a run leaves: stage 1 an autoencoder with its card, stage 2 a model folder."""
+"""What stage 1 leaves: an autoencoder with its measured latent scale and its card."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,14 +12,10 @@ from torch import Tensor
 
 from latentray import build
 from latentray.checkpoint import manifest, store
-from latentray.conditioning import text
 from latentray.config import compose
 from latentray.data import decode, members
-from latentray.data.latents import LatentStore
 from latentray.data.shards import IndexedShards
 from latentray.evaluation import autoencoders, feature_networks
-from latentray.inference import model_folder
-from latentray.inference.sampling import SamplingRequest, TextToImage
 from latentray.models.autoencoder import KLAutoencoder, LatentScale
 from latentray.models.perceptual import Perceptual
 from latentray.reporting import pictures
@@ -30,7 +25,6 @@ from latentray.training.state import Worker
 _SCALE_SAMPLES = 2048
 _VALIDATION_SAMPLES = 2048
 _GRID = 24
-_SAMPLES = 12
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,73 +113,3 @@ def latent_scale(net: KLAutoencoder, training: IndexedShards, size: int, device:
         latents.append(net.encode(decode.to_tensor(np.stack(pixels)).to(device)).mean_BChw.double().cpu())
     joined = torch.cat(latents)
     return LatentScale(shift=float(joined.mean()), scale=float(1 / joined.std()))
-
-
-def model(
-    worker: Worker,
-    state: Mapping[str, Tensor],
-    latents: LatentStore,
-    *,
-    inputs: Mapping[str, str],
-    facts: Mapping[str, object],
-) -> Exported:
-    """Gather denoiser, autoencoder and text encoder into the artifact `<out>/model`."""
-    config = worker.config
-    artifact = build.autoencoder_artifact(store.absolute(config.autoencoder_from or latents.autoencoder_uri))
-    latents.require_autoencoder(artifact)
-    encoder = text.load(latents.text_source, name=latents.encoder)
-    defaults = model_folder.SamplingDefaults(
-        sampler=config.stage.sampler, steps=config.stage.sampling_steps, guidance_scale=config.stage.guidance_scale
-    )
-    lineage = dict(inputs) | {"autoencoder": artifact.digest, "text_encoder": encoder.digest}
-    meta = {"run": worker.run, "samples": config.steps * config.global_batch_size, **facts}
-    uri = store.join(worker.out, "model")
-    with store.staging() as folder:
-        model_folder.write(
-            folder,
-            autoencoder_config=artifact.config,
-            autoencoder_weights=artifact.weights,
-            scale=artifact.scale,
-            denoiser_config=config.denoiser,
-            denoiser_state=state,
-            objective=config.objective,
-            text_encoder=encoder,
-            defaults=defaults,
-            size=latents.size,
-        )
-        listing = manifest.publish(
-            folder, uri, kind="model", inputs=lineage, config=compose.to_dict(config), meta=meta, replace=True
-        )
-    grid = sample_grid(uri, latents, str(worker.device))
-    return Exported(
-        kind="model",
-        uri=uri,
-        digest=listing.digest,
-        inputs=lineage,
-        metrics={},
-        pictures={names.PICTURES_SAMPLES: grid},
-        meta=meta,
-    )
-
-
-def sample_grid(model_uri: str, latents: LatentStore, device: str) -> np.ndarray:
-    """Pictures drawn from captions of the training set, as one grid, uint8 (H, W, 3)."""
-    sampler = TextToImage.load(model_uri, device=device)
-    shards = IndexedShards.open(latents.uri, kind="latents")
-    about = [json.loads(shards.read(x)["json"]) for x in autoencoders.spread(shards.count, 8 * _SAMPLES)]
-    captions = sorted({one["captions"][0] for one in about})
-    captions = [captions[i] for i in autoencoders.spread(len(captions), _SAMPLES)]
-    requests = [
-        SamplingRequest(
-            prompt=caption,
-            steps=sampler.defaults.steps,
-            guidance_scale=sampler.defaults.guidance_scale,
-            seed=number,
-            sampler=sampler.defaults.sampler,
-            height=sampler.size,
-            width=sampler.size,
-        )
-        for number, caption in enumerate(captions)
-    ]
-    drawn = [picture.pixels_HWC for picture in sampler.sample(requests)]
-    return np.asarray(pictures.grid(drawn, columns=6, captions=captions, scale=2 if sampler.size <= 128 else 1))

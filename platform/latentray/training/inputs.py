@@ -11,6 +11,7 @@ from latentray.config.train import Train
 from latentray.data import latents
 from latentray.diffusion import samplers, schedules
 from latentray.errors import ConfigError, InputMissing
+from latentray.records import TextEmbedding
 from latentray.training import feed, latent_supply
 from latentray.training.feed import Shape
 
@@ -63,7 +64,8 @@ def _latents(config: Train, world: int) -> dict[str, str]:
         fewest = config.cluster.min_workers if config.cluster.kind == "ray" else None
         for workers in range(fewest or world, world + 1):
             config.require_buckets_divisible(workers)
-    _require_denoiser(config, artifact, first.text_width, opened.shapes)
+    told = all(set(latents.CONDITIONS) <= set(one.index.table.column_names) for one in opened.sets)
+    _require_denoiser(config, artifact, first.empty_prompt(), opened.shapes, has_sizes=told)
     return opened.inputs | {"autoencoder": artifact.digest}
 
 
@@ -86,7 +88,7 @@ def _online(config: Train) -> dict[str, str]:
                 where="buckets.step" if opened.buckets else "size",
                 mend=f"Choose a multiple of {artifact.config.downsampling}.",
             )
-    _require_denoiser(config, artifact, encoder.width, opened.shapes)
+    _require_denoiser(config, artifact, encoder.embed([""]), opened.shapes)
     return opened.inputs | {"autoencoder": artifact.digest, "text_encoder": encoder.digest}
 
 
@@ -101,18 +103,39 @@ def _require_sampler(config: Train) -> None:
 
 
 def _require_denoiser(
-    config: Train, artifact: build.AutoencoderArtifact, text_width: int, shapes: Sequence[Shape]
+    config: Train,
+    artifact: build.AutoencoderArtifact,
+    empty: TextEmbedding,
+    shapes: Sequence[Shape],
+    *,
+    has_sizes: bool = True,
 ) -> None:
     """Raise ConfigError for a denoiser that does not fit the latents, or their captions.
 
     Args:
+        empty: the embedding of the empty caption, as wide as all are.
         shapes: (height, width) of the pictures behind the latents, pixels.
+        has_sizes: whether each sample says its original size and crop.
     """
     net, channels = config.denoiser, artifact.config.latent_channels
+    if net.classes is not None:
+        raise ConfigError(
+            "Stage 2 learns from captions; no data set gives it class labels.",
+            where="denoiser.classes",
+            mend="Set it to null, or choose another denoiser.",
+        )
+    if net.size_numbers and not has_sizes:
+        raise ConfigError(
+            "These latents do not say how large their pictures were.",
+            where="denoiser.size_numbers",
+            mend="Precompute them again with this version, or set it to 0.",
+        )
+    pooled = empty.pooled_BD.shape[1]
     for key, have, want in (
         ("denoiser.in_channels", net.in_channels, channels),
         ("denoiser.out_channels", net.out_channels, channels),
-        ("denoiser.context_width", net.context_width, text_width),
+        ("denoiser.context_width", net.context_width, empty.tokens_BLD.shape[2]),
+        *((("denoiser.pooled_width", net.pooled_width, pooled),) if net.pooled_width is not None else ()),
     ):
         if have != want:
             raise ConfigError(f"{key} is {have}, but the latents have {want}.", where=key, mend=f"Set {key}={want}.")

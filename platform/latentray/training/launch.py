@@ -11,7 +11,7 @@ from latentray.checkpoint import manifest, store
 from latentray.config import compose
 from latentray.config.train import Train
 from latentray.errors import Stopped
-from latentray.training import here, on_ray, preflight
+from latentray.training import here, on_ray, preflight, report, telemetry
 
 RESULTS = {"autoencoder": "autoencoder", "diffusion": "model"}
 """The artifact each stage leaves in its run's folder."""
@@ -35,10 +35,17 @@ def train(config: Train) -> str:
     print(f"run {run} -> {out}")
     print(f"resume it with: {resume_command(run, out)}", flush=True)
     train_there = {"none": here.train, "ray": on_ray.train}[config.cluster.kind]
-    if not train_there(config, run, out):
+    leads = int(os.environ.get("RANK", "0")) == 0
+    state = "failed"
+    try:
+        state = "finished" if train_there(config, run, out) else "stopped"
+        if state == "finished" and leads:
+            _seal_run(config, run, out, result, inputs)
+    finally:
+        if leads and store.exists(store.join(out, telemetry.RUN)):  # a worker began
+            report.write(out, state, resume=resume_command(run, out))
+    if state == "stopped":
         raise Stopped("The run was stopped, as asked, after a checkpoint.", where=out, mend=resume_command(run, out))
-    if int(os.environ.get("RANK", "0")) == 0:
-        _seal_run(config, run, out, result, inputs)
     return result
 
 
@@ -63,8 +70,4 @@ def _seal_run(config: Train, run: str, out: str, result: str, inputs: dict[str, 
     meta = {"run": run, "result": {"kind": made.kind, "uri": result, "digest": made.digest}, "facts": made.meta}
     manifest.seal(out, {}, kind="run", inputs=inputs, config=compose.to_dict(config), meta=meta)
     print(f"Result: {result}")
-    if config.stage.name == "autoencoder":
-        data = config.data or config.mixture.of[0].uri
-        print(f"Next: python -m jobs.precompute_latents data={data} autoencoder_from={result} out=...", flush=True)
-    else:
-        print(f"Next: python -m jobs.evaluate model={result} data=...", flush=True)
+    print(f"Next: {report.next_command(made.kind, result, compose.to_dict(config))}", flush=True)

@@ -104,7 +104,7 @@ class _Loop:
         self.last = self.order.steps_to(self.config.total_samples)
         self.accumulation = self.config.micro_and_accumulation(worker.world)[1]
         begun, self.total = self.order.samples_before(self.first), self.order.samples_before(self.last)
-        self.telemetry = Telemetry(worker, facts=self.stage.facts, resumed_at=begun)
+        self.telemetry = Telemetry(worker, facts=self.stage.facts, inputs=self.stage.inputs, resumed_at=begun)
         self.progress = Progress(self.total, self.config.stage.name, start_samples=begun) if worker.leads else None
         self.clock = Clock.begin()
         self.dropped = self.dropped_in_a_row = self.rollbacks = 0

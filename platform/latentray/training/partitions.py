@@ -24,6 +24,8 @@ from latentray.errors import ArtifactError
 WEIGHT, EMA = "weight", "ema"
 """Names of the fp32 weights and of their average; the optimizer's states have its own names (`exp_avg`, ...)."""
 
+_WHOLE = "whole"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fragment:
@@ -55,30 +57,36 @@ class Snapshot:
     """`<state>/<parameter>`: the stretch that this rank holds."""
     scalars: dict[str, float]
     """What is the same for all parameters: the optimizer's step count."""
+    whole: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    """`<state>/<parameter>`: what is not cut like the parameter, such as factored moments."""
 
 
 def take(
-    fragments: Iterable[Fragment], partitions: Mapping[str, Sequence[Tensor]], scalars: Mapping[str, float]
+    fragments: Iterable[Fragment],
+    partitions: Mapping[str, Sequence[Tensor | None]],
+    scalars: Mapping[str, float],
+    whole: Mapping[str, Tensor] | None = None,
 ) -> Snapshot:
-    """Copy stretches of partitions; `partitions` by the state's name, each a list that `Fragment.partition` indexes."""
+    """Copy stretches of partitions; `partitions` by the state's name, each a list that `Fragment.partition` indexes (None
+    where there is no such state), and what is taken `whole`.
+    """
     kept = tuple(one for one in fragments if one.numel)
     tensors = {
-        f"{state}/{one.name}": flats[one.partition]
-        .detach()
-        .reshape(-1)[one.offset : one.offset + one.numel]
-        .cpu()
-        .clone()
+        f"{state}/{one.name}": flat.detach().reshape(-1)[one.offset : one.offset + one.numel].cpu().clone()
         for state, flats in partitions.items()
         for one in kept
+        if (flat := flats[one.partition]) is not None
     }
-    return Snapshot(fragments=kept, tensors=tensors, scalars=dict(scalars))
+    copied = {key: value.detach().cpu().clone() for key, value in (whole or {}).items()}
+    return Snapshot(fragments=kept, tensors=tensors, scalars=dict(scalars), whole=copied)
 
 
 def write(path: Path, snapshot: Snapshot) -> None:
     listed = [[one.name, list(one.shape), one.start, one.numel] for one in snapshot.fragments]
     about = {"fragments": json.dumps(listed), "scalars": json.dumps(snapshot.scalars)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(snapshot.tensors, path, metadata=about)
+    whole = {f"{_WHOLE}/{key}": value for key, value in snapshot.whole.items()}
+    safetensors.torch.save_file(snapshot.tensors | whole, path, metadata=about)
 
 
 class Pieces:
@@ -93,6 +101,8 @@ class Pieces:
         self.states: tuple[str, ...] = ()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._pieces: dict[str, list[tuple[int, int, Any]]] = {}
+        self._held: set[str] = set()
+        self._whole: dict[str, Any] = {}
         for path in paths:
             self._open(path)
         for pieces in self._pieces.values():
@@ -107,15 +117,28 @@ class Pieces:
             raise ArtifactError(
                 f"The part of a checkpoint cannot be read: {error}", where=str(path), mend="Remove this checkpoint."
             ) from None
-        self.scalars = scalars or self.scalars
-        self.states = tuple(sorted(set(self.states) | {name.split("/", 1)[0] for name in file.keys()}))  # noqa: SIM118
+        self.scalars |= scalars
+        keys = set(file.keys())
+        whole = {key for key in keys if key.startswith(f"{_WHOLE}/")}
+        self._whole |= dict.fromkeys(whole, file)
+        self._held |= keys - whole
+        self.states = tuple(sorted(set(self.states) | {key.split("/", 1)[0] for key in keys - whole}))
         for name, shape, start, numel in listed:
             self.shapes[name] = tuple(shape)
             self._pieces.setdefault(name, []).append((start, numel, file))
 
+    def has(self, state: str, name: str) -> bool:
+        """Whether a parameter has this state, cut like itself."""
+        return f"{state}/{name}" in self._held
+
+    def whole(self, state: str, name: str) -> Tensor | None:
+        """A parameter's state that is not cut like it, such as a factored moment; None where it has none."""
+        key = f"{_WHOLE}/{state}/{name}"
+        return self._whole[key].get_tensor(key) if key in self._whole else None
+
     def stretch(self, state: str, name: str, start: int, numel: int) -> Tensor:
         """Elements [start, start + numel) of a flattened parameter's `state`, from as many files as hold some of them."""
-        pieces = self._pieces.get(name, [])
+        pieces = self._pieces.get(name, []) if self.has(state, name) else []
         parts, at = [], start
         first = max(bisect.bisect_right(pieces, at, key=lambda piece: piece[0]) - 1, 0)
         for begin, length, file in pieces[first:]:
@@ -134,9 +157,11 @@ class Pieces:
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
     def full(self, state: str) -> dict[str, Tensor]:
-        """Whole parameters: the state dict of the weights, of their average, or of a moment."""
+        """Whole parameters: the state dict of the weights, of their average, or of a moment (of those that have one)."""
         found = {}
         for name, shape in self.shapes.items():
+            if not self.has(state, name):
+                continue
             numel = int(torch.Size(shape).numel())
             found[name] = self.stretch(state, name, 0, numel).reshape(shape)
         return found

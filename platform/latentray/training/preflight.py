@@ -10,12 +10,14 @@ from latentray import build, tracking
 from latentray.checkpoint import store
 from latentray.config import compose
 from latentray.config.train import Train
-from latentray.training import checkpoint, inputs
+from latentray.training import checkpoint, inputs, optimizers
 
 
 def check(config: Train, out: str) -> dict[str, str]:
     """Check everything that can be known without a worker; the digests of the inputs."""
     tracking.check(config.tracking)
+    if config.cluster.kind != "ray" and (config.compile or config.optimizer.name == "muon"):
+        optimizers.require_compiler()
     for world in worlds_of(config):
         config.require_divisible(world)
     found = inputs.check(config, world_of(config))
@@ -38,12 +40,12 @@ def worlds_of(config: Train) -> range:
 
 
 def bytes_needed(config: Train) -> int:
-    """Checkpoints (weights, two moments, EMA: 4 x 4 bytes a parameter, and half as much for bf16 weights) and the result."""
+    """Checkpoints (weights, two moments and EMA: 4 x 4 bytes a parameter; the one that is staged too) and the result."""
     with torch.device("meta"):
         net = (
             build.autoencoder(config.autoencoder)
             if config.stage.name == "autoencoder"
             else build.denoiser(config.denoiser)
         )
-    kept = config.keep_checkpoints + 1 if config.checkpoint_every_samples else 0
-    return build.parameter_count(net) * (18 * kept + 8) + (64 << 20)
+    kept = config.keep_checkpoints + 2 if config.checkpoint_every_samples else 0
+    return build.parameter_count(net) * (16 * kept + 8) + (64 << 20)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from latentray import build, randomness
+from latentray.conditioning.denoiser_inputs import conditions
 from latentray.diffusion import losses, schedules, timesteps
 from latentray.models.autoencoder import Posterior
 from latentray.randomness import Purpose, mix
-from latentray.records import LatentBatch, PictureBatch
+from latentray.records import LatentBatch, PictureBatch, TextEmbedding
 from latentray.tracking import names
 from latentray.training import export, latent_supply, model_export
 from latentray.training.ema import EMA
@@ -93,8 +94,12 @@ class DiffusionStage:
         noised = losses.noised(self.objective, self.schedule, x0, noise, t)
         dropped = randomness.uniform(keys(Purpose.CAPTION_DROPOUT)) < self.stage.caption_dropout
         context = torch.where(dropped[:, None, None], self.empty.tokens_BLD, batch.text.tokens_BLD.to(device))
+        pooled = torch.where(dropped[:, None], self.empty.pooled_BD, batch.text.pooled_BD.to(device))
+        given = TextEmbedding(tokens_BLD=context, mask_BL=batch.text.mask_BL, pooled_BD=pooled)
         dtype = self.engine.dtype
-        y = self.engine(noised.x_BChw.to(dtype), noised.t_B, context.to(dtype))
+        more = conditions(self.worker.config.denoiser, given, batch.size_B6)
+        told = {name: value.to(device, dtype) for name, value in more.items()}
+        y = self.engine(noised.x_BChw.to(dtype), noised.t_B, context.to(dtype), **told)
         loss = (batch.weight_B.to(device) * losses.mean_squared(y, noised)).mean()
         self.engine.backward(loss)
         self.engine.step()
@@ -103,7 +108,8 @@ class DiffusionStage:
     def _spread(self, u_B: Tensor, micro: MicroBatch, samples: int) -> Tensor:
         """The timestep draws of a micro-batch, spread over the global batch that begins at `samples`."""
         slots = torch.arange(micro.slots.start, micro.slots.stop)
-        shift = mix(self.worker.config.seed, Purpose.TIMESTEP_SHIFT, samples) * 2.0**-64
+        config = self.worker.config
+        shift = mix(config.seed, Purpose.TIMESTEP_SHIFT, samples // config.global_batch_size) * 2.0**-64
         return timesteps.spread_over_batch(self.objective, u_B, slots, shift, micro.of)
 
     def finish(self, ema: EMA) -> export.Exported | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,12 +21,21 @@ from latentray.training.export import Exported
 from latentray.training.state import Worker
 
 METRICS = "metrics.jsonl"
+RUN = "run.json"
+"""What a run is, written by each attempt when it begins: `run`, `stage`, `config`, `facts`, `inputs`, `workers`, `device`."""
 
 
 class Telemetry:
     """Collects the metrics of the steps between two flushes; logs their means over all ranks."""
 
-    def __init__(self, worker: Worker, *, facts: dict[str, object], resumed_at: int) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        *,
+        facts: dict[str, object],
+        resumed_at: int,
+        inputs: Mapping[str, str] | None = None,
+    ) -> None:
         self.worker = worker
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
@@ -34,6 +46,7 @@ class Telemetry:
         if worker.leads:
             self._folder = self._local_folder()
             resolved = compose.to_dict(worker.config) | {"run": worker.run, "out": worker.out, "facts": facts}
+            store.write_json(store.join(worker.out, RUN), _about(worker, facts, inputs or {}))
             self.tracker = tracking.open(
                 worker.config.tracking, worker.run, self._folder, resolved, resumed_at=resumed_at or None
             )
@@ -68,6 +81,9 @@ class Telemetry:
             logged = dict(zip(order, (means / self.worker.world).tolist(), strict=True))
         now = time.perf_counter()
         logged |= about
+        peak = torch.tensor([peak_memory_bytes(self.worker.device)], dtype=torch.int64, device=self.worker.device)
+        dist.all_reduce(peak, dist.ReduceOp.MAX)
+        logged[names.TRAIN_PEAK_MEMORY_BYTES] = int(peak)
         logged[names.TRAIN_SAMPLES_PER_SECOND] = (samples - self._samples) / max(now - self._since, 1e-9)
         logged[names.TRAIN_DATA_WAIT_SHARE] = self._waited / max(self._busy, 1e-9)
         self._sums, self._counts, self._waited, self._busy = {}, {}, 0.0, 0.0
@@ -108,3 +124,29 @@ class Telemetry:
         if self.tracker.sync_command:
             print(f"W&B was offline; upload the run later with: {self.tracker.sync_command}", flush=True)
         self.upload()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this process ever held: what PyTorch allocated of its GPU, or the process's own on CPUs."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(
+        OSError
+    ):  # Linux; `getrusage` would count what the process that started this one held, too
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _about(worker: Worker, facts: Mapping[str, object], inputs: Mapping[str, str]) -> dict[str, object]:
+    gpu = worker.device.type == "cuda"
+    return {
+        "run": worker.run,
+        "stage": worker.config.stage.name,
+        "config": compose.to_dict(worker.config),
+        "facts": dict(facts),
+        "inputs": dict(inputs),
+        "workers": worker.world,
+        "device": torch.cuda.get_device_name(worker.device) if gpu else "CPU",
+    }

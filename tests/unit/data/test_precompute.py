@@ -428,3 +428,13 @@ def test_space_is_required_before_anything_is_encoded(made, tmp_path, in_process
     (uri,) = precompute.precompute(config(made, tmp_path))
     stored = sum(entry.size for name, entry in manifest.read(uri).files.items() if name.endswith(".tar"))
     assert needed and needed[0] == pytest.approx(stored, rel=0.5)
+
+
+@pytest.mark.parametrize(
+    ("cores", "wanted", "each", "fewest"),
+    [(8, 2, 1, 2), (3, 2, 1, 2), (2, 2, 0.5, 2), (2, 4, 0.5, 3), (1, 1, 0.5, 1), (1, 2, 0.5, 1)],
+)
+def test_a_core_is_left_to_decode_beside_the_encoders(cores, wanted, each, fewest):
+    assert precompute.cores_each(cores, wanted) == each
+    assert precompute.fewest_encoders(cores, wanted) == fewest
+    assert each * (fewest + 1) <= cores

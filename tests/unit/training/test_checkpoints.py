@@ -8,17 +8,20 @@ import pytest
 import torch
 
 from latentray.checkpoint import manifest, store, weights
+from latentray.config import compose
 from latentray.config.export import Export
+from latentray.config.objective import ObjectiveConfig
+from latentray.config.train import Train
 from latentray.errors import AlreadyExists, ConfigError, DigestMismatch, FingerprintMismatch, InputMissing
 from latentray.training import checkpoint, consolidation, partitions
 from latentray.training.partitions import Fragment
 
 WHOLE = {"weight": torch.arange(10.0), "ema": torch.arange(10.0) / 2, "exp_avg": torch.ones(10)}
-CONFIG = {"optimizer": {"lr": 1e-4, "clip": 1.0}, "objective": {"prediction": "v"}, "seed": 0}
+CONFIG = compose.to_dict(Train(objective=ObjectiveConfig(prediction="v")))
 INPUTS = {"latents": "a" * 64}
 
 
-def write(out: Path, step: int, attempt: str = "aaa", *, sealed: bool = True, **meta) -> str:
+def write(out: Path, step: int, attempt: str = "aaa", *, sealed: bool = True, config: dict = CONFIG, **meta) -> str:
     """A checkpoint of two ranks."""
     uri = out / "checkpoints" / f"{step:09d}-{attempt}"
     for rank, (start, numel) in enumerate(((0, 6), (6, 4))):
@@ -28,7 +31,7 @@ def write(out: Path, step: int, attempt: str = "aaa", *, sealed: bool = True, **
     if sealed:
         files = {p.relative_to(uri).as_posix(): manifest.entry_of(p) for p in uri.rglob("*.safetensors")}
         about = {"format": 2, "cursor": {"step": step}, "samples": 8 * step, "world": 2, "clock": {}} | meta
-        manifest.seal(str(uri), files, kind="checkpoint", inputs=INPUTS, config=CONFIG, meta=about)
+        manifest.seal(str(uri), files, kind="checkpoint", inputs=INPUTS, config=config, meta=about)
     return str(uri)
 
 
@@ -72,13 +75,25 @@ def test_the_same_settings_go_on_at_any_world_size_and_stage(tmp_path):
 
 
 def test_settings_that_differ_are_told_with_both_values_and_what_allows_them(tmp_path):
-    changed = CONFIG | {"optimizer": {"lr": 3e-4, "clip": 1.0}, "objective": {"prediction": "epsilon"}}
+    changed = CONFIG | {
+        "optimizer": CONFIG["optimizer"] | {"lr": 3e-4},
+        "objective": CONFIG["objective"] | {"prediction": "epsilon"},
+    }
     with pytest.raises(FingerprintMismatch) as caught:
         checkpoint.require_like(saved(tmp_path), changed, INPUTS, [])
     assert "objective.prediction: v then, epsilon now" in caught.value.what
     assert "optimizer.lr: 0.0001 then, 0.0003 now" in caught.value.what
     assert "resume.allow=[objective.prediction,optimizer.lr]" in caught.value.mend
     checkpoint.require_like(saved(tmp_path), changed, INPUTS, ["objective.prediction", "optimizer"])
+
+
+def test_a_setting_that_a_newer_version_brought_had_its_default(tmp_path):
+    older = {name: value for name, value in CONFIG["optimizer"].items() if name != "decay"}
+    write(tmp_path, 3, config=CONFIG | {"optimizer": older})
+    (found,) = checkpoint.candidates(str(tmp_path))
+    checkpoint.require_like(found, CONFIG, INPUTS, [])
+    with pytest.raises(FingerprintMismatch, match="optimizer.decay: constant then, cosine now"):
+        checkpoint.require_like(found, CONFIG | {"optimizer": CONFIG["optimizer"] | {"decay": "cosine"}}, INPUTS, [])
 
 
 def test_other_data_are_refused_unless_allowed(tmp_path):

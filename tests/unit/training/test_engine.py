@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentray.config.cluster import ClusterConfig
+from latentray.config.deepspeed import DeepSpeedConfig
 from latentray.config.optimizer import OptimizerConfig
-from latentray.config.train import DeepSpeedConfig, Train
+from latentray.config.train import Train
 from latentray.errors import ConfigError
 from latentray.training.engine import deepspeed_config
 
@@ -59,10 +60,10 @@ def test_precision_and_zero_stage():
 
 
 def test_extra_is_merged_over_what_is_derived():
-    extra = {"zero_optimization": {"overlap_comm": True}, "gradient_clipping": 0.5, "flops_profiler": {"enabled": True}}
+    extra = {"zero_optimization": {"overlap_comm": True}, "gradient_clipping": 1.0, "flops_profiler": {"enabled": True}}
     derived = deepspeed_config(train(deepspeed=DeepSpeedConfig(zero_stage=2, extra=extra)), 1)
     assert derived["zero_optimization"] == {"stage": 2, "overlap_comm": True}
-    assert derived["gradient_clipping"] == 0.5
+    assert derived["gradient_clipping"] == 1.0
     assert derived["flops_profiler"] == {"enabled": True}
     assert extra["zero_optimization"] == {"overlap_comm": True}
 

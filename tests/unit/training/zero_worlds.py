@@ -1,17 +1,20 @@
 """Trains a tiny network at several world sizes and ZeRO stages, and moves its state between them: run as a program.
 
 Every world is a set of forked processes under gloo; what they wrote is left in the folder that is given. The second argument
-says what moves: `all`, or names like `2-1,3-2` (stage, world) that then move into every stage and world.
+says what moves: `all`, or names like `2-1,3-2` (stage, world) that then move into every stage and world; or it is `special`,
+for other optimizers and offloads, or `compiled`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import deepspeed  # noqa: F401  (imported once, before the processes fork)
@@ -20,7 +23,9 @@ import torch.distributed as dist
 from torch import nn
 
 from latentray.config.cluster import ClusterConfig
-from latentray.config.train import DeepSpeedConfig, Train
+from latentray.config.deepspeed import DeepSpeedConfig
+from latentray.config.optimizer import OptimizerConfig
+from latentray.config.train import Train
 from latentray.training import partitions
 from latentray.training.ema import EMA
 from latentray.training.engine import Engine
@@ -33,10 +38,32 @@ KINDS = tuple(
 )
 
 
+SPECIAL = {
+    "adafactor-0": (OptimizerConfig(name="adafactor"), DeepSpeedConfig(zero_stage=0)),
+    "muon-0": (OptimizerConfig(name="muon", clip=0.0), DeepSpeedConfig(zero_stage=0)),
+    "muon-1": (OptimizerConfig(name="muon", clip=0.0), DeepSpeedConfig(zero_stage=1)),
+    "muon-2": (OptimizerConfig(name="muon", clip=0.0), DeepSpeedConfig(zero_stage=2)),
+    "offload-1": (OptimizerConfig(), DeepSpeedConfig(zero_stage=1, offload_optimizer="cpu")),
+    "offload-2": (OptimizerConfig(), DeepSpeedConfig(zero_stage=2, offload_optimizer="cpu")),
+    "offload-3": (OptimizerConfig(), DeepSpeedConfig(zero_stage=3, offload_optimizer="cpu")),
+    "parameters-3": (OptimizerConfig(), DeepSpeedConfig(zero_stage=3, offload_parameters="cpu")),
+}
+"""Other optimizers, and offloads."""
+SPECIAL_KINDS = [(name, micro) for name in SPECIAL for micro in (None, 1) if micro is None or name.startswith("muon")]
+FROM = {"muon-0": "muon-2", "muon-1": "muon-0", "muon-2": "muon-1", "offload-2": "offload-3", "offload-3": "offload-1"}
+"""Where a moved state comes from, if not from its like."""
+
+
 def network() -> nn.Module:
-    """Odd sizes, so that every cut leaves a remainder somewhere."""
+    """Odd sizes, so that every cut leaves a remainder somewhere; the second layer and the third are hidden matrices."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(7, 13), nn.SiLU(), nn.Linear(13, 5, bias=False), nn.SiLU(), nn.Linear(5, 1))
+    hidden = nn.Sequential(nn.Linear(13, 11), nn.SiLU(), nn.Linear(11, 5, bias=False), nn.SiLU())
+    return nn.Sequential(nn.Linear(7, 13), nn.SiLU(), hidden, nn.Linear(5, 1))
+
+
+def special(name: str, micro: int | None = None) -> Train:
+    optimizer, zero = SPECIAL[name]
+    return dataclasses.replace(config(1, "fp32", micro), optimizer=optimizer, deepspeed=zero)
 
 
 def config(stage: int, precision: str, micro: int | None = None) -> Train:
@@ -51,7 +78,11 @@ def config(stage: int, precision: str, micro: int | None = None) -> Train:
 
 
 def build(stage: int, world: int, precision: str = "fp32", micro: int | None = None) -> tuple[Engine, EMA]:
-    engine = Engine(network(), config(stage, precision, micro), world=world, device=torch.device("cpu"), lr=1e-2)
+    return build_from(config(stage, precision, micro), world)
+
+
+def build_from(settings: Train, world: int) -> tuple[Engine, EMA]:
+    engine = Engine(network(), settings, world=world, device=torch.device("cpu"), lr=1e-2)
     engine.set_lr(engine.config.optimizer.lr)
     return engine, EMA(engine, half_life_samples=12)
 
@@ -145,6 +176,54 @@ def discarded(rank: int, world: int, out: Path) -> None:
             engine.close()
 
 
+def special_first(rank: int, world: int, out: Path) -> None:
+    """`first` with every other optimizer and offload; with Muon also in accumulation."""
+    for name, micro in SPECIAL_KINDS if world > 1 else ():
+        engine, ema = build_from(special(name, micro), world)
+        train(engine, ema, range(STEPS), rank, world)
+        save(engine, ema, out / f"{name}-{micro}-{world}", rank)
+        _go_on(engine, ema, out / f"{name}-{micro}-{world}-end", rank, world)
+
+
+def special_resumed(rank: int, world: int, out: Path) -> None:
+    """`resumed` likewise; and what the world of two wrote, at another stage where there is one, goes on in this one."""
+    for name, micro in SPECIAL_KINDS if world > 1 else ():
+        engine, ema = _restored(name, micro, world, out / f"{name}-{micro}-{world}")
+        _go_on(engine, ema, out / f"{name}-{micro}-{world}-resumed", rank, world)
+    for name in SPECIAL if world != 2 else ():
+        origin = out / f"{FROM.get(name, name)}-None-2"
+        engine, ema = _restored(name, None, world, origin)
+        save(engine, ema, out / "moved" / f"{origin.name}-to-{name}-{world}", rank)
+        _go_on(engine, ema, out / "moved" / f"{origin.name}-to-{name}-{world}-end", rank, world)
+
+
+def _restored(name: str, micro: int | None, world: int, origin: Path) -> tuple[Engine, EMA]:
+    engine, ema = build_from(special(name, micro), world)
+    engine.restore(read(origin))
+    ema.restore(read(origin))
+    return engine, ema
+
+
+def _go_on(engine: Engine, ema: EMA, folder: Path, rank: int, world: int) -> None:
+    losses = train(engine, ema, range(STEPS, 2 * STEPS), rank, world)
+    save(engine, ema, folder, rank)
+    if not rank:
+        (folder / "losses.json").write_text(json.dumps(losses))
+    engine.close()
+
+
+def compiled(rank: int, world: int, out: Path) -> None:
+    """The same steps with and without compilation, at every stage."""
+    for stage, precision in [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (2, "autocast")] if world == 2 else ():
+        losses = {}
+        for compile in (False, True):
+            engine, ema = build_from(dataclasses.replace(config(stage, precision), compile=compile), world)
+            losses[str(compile)] = train(engine, ema, range(2 * STEPS), rank, world)
+            engine.close()
+        if not rank:
+            (out / f"compiled-{stage}-{precision}-{world}.json").write_text(json.dumps(losses))
+
+
 def _one(rank: int, world: int, port: int, out: Path) -> None:
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
@@ -152,17 +231,25 @@ def _one(rank: int, world: int, port: int, out: Path) -> None:
     }  # fmt: skip
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    PHASES[os.environ["PHASE"]](rank, world, out)
+    _phases()[os.environ["PHASE"]](rank, world, out)
     dist.destroy_process_group()
     os._exit(0)  # DeepSpeed's handlers at exit are of the parent
 
 
+PROGRAMS = {
+    "special": {"first": special_first, "resumed": special_resumed},
+    "compiled": {"compiled": compiled},
+}
 PHASES = {"first": first, "resumed": resumed, "discarded": discarded, "moved": moved}
+
+
+def _phases() -> dict[str, Callable[[int, int, Path], None]]:
+    return PROGRAMS.get(os.environ["MOVES"], PHASES)
 
 
 def main(out: Path) -> int:
     context = multiprocessing.get_context("fork")
-    for phase in PHASES:
+    for phase in _phases():
         os.environ["PHASE"] = phase
         for world in (1, 2, 3):
             with socket.socket() as probe:
