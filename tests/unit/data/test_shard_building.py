@@ -20,18 +20,16 @@ from latentray.data import clips, decode, episodes, members, shard_building, sha
 from latentray.errors import AlreadyExists, ConfigError, DataError, DigestMismatch, EnvironmentRefused, UnsafeMember
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_local():
-    """A small Ray cluster in this process."""
+    """A small Ray cluster in this process, as the job starts it."""
     import ray
 
     from latentray.data import cluster
 
-    started = not ray.is_initialized()
     cluster.connect(None)
     yield
-    if started:
-        ray.shutdown()
+    ray.shutdown()
 
 
 @pytest.fixture
