@@ -127,21 +127,22 @@ def _frozen_at(step: int) -> list:
 def _dies_while_saving(where: dict) -> list:
     """SIGKILL to every rank at a place of the checkpoint of a step: before its upload, between the ranks', around the manifest,
     in its retention."""
-    place, step = where["place"], where["step"]
+    place, this = where["place"], f"/checkpoints/{where['step']:09d}-"
 
     def kill_if(now: bool) -> None:
-        if now and _STEP["now"] + 1 >= step:
+        if now:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def uploads(before):
         def upload(path, uri):
-            mine = "/checkpoints/" in str(uri)
+            mine = this in str(uri)
             kill_if(mine and place == "before the upload")
-            if mine and place == "between the ranks" and dist.get_rank() == 1:
-                threading.Event().wait(1.0)
+            between = mine and place == "between the ranks"
+            if between and dist.get_rank() == 1:
+                threading.Event().wait(1.0)  # rank 0 is done by then
                 kill_if(True)
             before(path, uri)
-            if mine and place == "between the ranks" and dist.get_rank() == 0:
+            if between:
                 threading.Event().wait(2.0)
                 kill_if(True)
 
@@ -149,13 +150,13 @@ def _dies_while_saving(where: dict) -> list:
 
     def jsons(before):
         def write_json(uri, value):
-            is_manifest = str(uri).endswith(manifest.NAME) and "/checkpoints/" in str(uri)
-            kill_if(is_manifest and place == "before the manifest")
-            if is_manifest and place == "in the manifest" and _STEP["now"] + 1 >= step:
+            mine = this in str(uri) and str(uri).endswith(manifest.NAME)
+            kill_if(mine and place == "before the manifest")
+            if mine and place == "in the manifest":
                 store.local_path(uri).with_name(f".{manifest.NAME}.x.partial").write_text('{"kind": "check')
                 kill_if(True)
             before(uri, value)
-            kill_if(is_manifest and place == "after the manifest")
+            kill_if(mine and place == "after the manifest")
 
         return write_json
 
@@ -167,7 +168,6 @@ def _dies_while_saving(where: dict) -> list:
         return delete
 
     return [
-        *_patch(loop._Loop, "_step", _counting),
         *_patch(store, "upload", uploads),
         *_patch(store, "write_json", jsons),
         *_patch(store, "delete", deletes),

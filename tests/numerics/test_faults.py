@@ -164,7 +164,7 @@ def test_a_job_killed_while_it_saves_goes_on_from_the_newest_valid_checkpoint(fa
 def test_a_frozen_rank_is_named_and_the_workers_start_again(faults, met):
     job = faults.job("frozen", 12, "faults.silent_s=8", "faults.step_timeout_s=60")
     first = faults.run(job | {"inject": {"frozen_at": 7}}, expect=1)
-    assert "hang: rank 1" in first and "at step 7 gave no sign of life" in first
+    assert "hang: rank 1" in first and "gave no sign of life" in first
     stacks = list((faults.root / "frozen" / "stacks").glob("*-rank_00000.txt"))
     assert stacks and "_step" in stacks[0].read_text(), "who waited, and where"
     faults.run(job)

@@ -78,10 +78,11 @@ class Hang:
 
     def __str__(self) -> str:
         one = self.beat
-        where = f"rank {one.rank} (process {one.pid} on {one.host}) at step {one.step}"
+        step = "in its first step" if one.step < 0 else f"at step {one.step}"
+        where = f"rank {one.rank} (process {one.pid} on {one.host}) {step}"
         if self.silent:
             return f"{where} gave no sign of life for {one.silent_s:.0f} s: stopped, or its node is lost"
-        return f"{where} has been in that step for {one.in_step_s:.0f} s"
+        return f"{where} has been there for {one.in_step_s:.0f} s"
 
 
 def hang(beats: Mapping[int, Beat], faults: FaultsConfig) -> Hang | None:

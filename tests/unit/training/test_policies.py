@@ -81,7 +81,7 @@ def test_a_silent_process_is_named_before_those_that_wait_for_it():
 def test_the_rank_that_is_furthest_behind_is_named():
     found = hang(beat(0, in_step_s=150.0), beat(1, step=6, in_step_s=120.0), beat(2, in_step_s=160.0))
     assert found is not None and not found.silent and found.beat.rank == 1
-    assert "has been in that step for 120 s" in str(found)
+    assert "has been there for 120 s" in str(found)
 
 
 def test_loading_and_exporting_may_take_long_and_the_first_step_longer_than_others():
