@@ -8,17 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
+from jobs import driving
 from latentray.checkpoint import manifest, store
 from latentray.config import compose
 from latentray.config.sample import Sample
 from latentray.data import decode
-from latentray.errors import InputMissing, SampleRejected
+from latentray.errors import ConfigError, InputMissing, SampleRejected
 from latentray.inference import refinement
-from latentray.inference.requests import SamplingRequest
+from latentray.inference.requests import SamplingRequest, label_of
 from latentray.inference.sampling import TextToImage
 from latentray.registry import versions
-from latentray.reporting import pictures
+from latentray.reporting import animations, pictures
 from latentray.reporting.progress import Progress
 
 _GUIDANCE = (1.0, 2.0, 4.0, 7.0, 10.0, 15.0)
@@ -38,17 +40,20 @@ class Sheet:
 
 
 def draw(config: Sample) -> str:
-    """Draw what the settings ask for and return the PNG's path.
+    """Draw what the settings ask for and return the path of the sheet: a PNG, of clips an animated file.
 
     Raises InputMissing for a release, picture or file of prompts that is not there, ConfigError for settings that do not fit
     the model; all before the first step.
     """
+    if config.episodes:
+        return driving.drive(config, _model_uri(config))
     prompts = _prompts(config)
     uri = _model_uri(config)
     picture, mask = _pixels(config.picture, "picture"), _pixels(config.mask, "mask")
-    model = TextToImage.load(uri, device=config.device)
-    refiner = TextToImage.load(store.absolute(config.refiner), device=config.device) if config.refiner else None
-    sheet = plan(config, model, prompts, picture, mask)
+    small, like = _pixels(config.small, "small"), _pixels(config.like, "like")
+    model = TextToImage.load(uri, device=config.device, offload=config.offload)
+    refiner = _refiner(config)
+    sheet = plan(config, model, prompts, picture, mask, small, like)
     drawn, warnings = _draw_all(config, model, refiner, sheet.requests)
     first = sheet.requests[0]
     for name, given in (("picture", picture), ("mask", mask)):
@@ -56,7 +61,23 @@ def draw(config: Sample) -> str:
             warnings.add(f"the {name} was resized and cut to {first.width}x{first.height}; size= sets another")
     for warning in sorted(warnings):
         print(f"warning: {warning}")
-    grid = pictures.grid(
+    about = json.dumps(
+        compose.to_dict(config) | {"model": model.model.digest, "prompts": prompts}, sort_keys=True, ensure_ascii=False
+    )
+    if model.frames:
+        animated = np.stack([np.asarray(_laid_out(sheet, list(frame))) for frame in zip(*drawn, strict=True)])
+        kind = _format_of(config, model)
+        path = Path(config.out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(animations.encode(animated, kind, fps=model.fps, parameters=about))
+    else:
+        pictures.save_png(_laid_out(sheet, drawn), config.out, {"parameters": about})
+    print(f"{len(drawn)} {'clips' if model.frames else 'pictures'}: {config.out}", flush=True)
+    return config.out
+
+
+def _laid_out(sheet: Sheet, drawn: Sequence[np.ndarray]) -> Image.Image:
+    return pictures.grid(
         drawn,
         columns=sheet.columns,
         captions=sheet.captions,
@@ -65,19 +86,37 @@ def draw(config: Sample) -> str:
         title=sheet.title,
         scale=2 if max(drawn[0].shape) <= 128 else 1,
     )
-    about = compose.to_dict(config) | {"model": model.model.digest, "prompts": prompts}
-    pictures.save_png(grid, config.out, {"parameters": json.dumps(about, sort_keys=True)})
-    print(f"{len(drawn)} pictures: {config.out}", flush=True)
-    return config.out
+
+
+def _format_of(config: Sample, model: TextToImage) -> str:
+    """The format of `out`. Raises ConfigError where the model's drawings do not fit into it."""
+    found = Path(config.out).suffix[1:]
+    if found != "png" and not model.frames:
+        raise ConfigError("The model draws pictures.", where="out", mend="End it in .png.")
+    if found == "mp4" and animations.mp4_encoder() is None:
+        raise ConfigError("There is no encoder for MP4 here.", where="out", mend="End it in .webp or .png.")
+    return found
 
 
 def plan(
-    config: Sample, model: TextToImage, prompts: Sequence[str], picture: np.ndarray | None, mask: np.ndarray | None
+    config: Sample,
+    model: TextToImage,
+    prompts: Sequence[str],
+    picture: np.ndarray | None,
+    mask: np.ndarray | None,
+    small: np.ndarray | None = None,
+    like: np.ndarray | None = None,
 ) -> Sheet:
     """The requests of a sheet, every table of theirs built once: what cannot be drawn is refused here."""
+    _format_of(config, model)
+    if config.refiner is not None and model.frames:
+        raise ConfigError("A refiner ends pictures, not clips.", where="refiner", mend="Leave it out.")
     width, height = map(int, config.size.split("x")) if config.size else (model.size, model.size)
+    if small is not None and model.makes_larger and not config.size:
+        height, width = (side * model.makes_larger for side in small.shape[:2])
     base = SamplingRequest(
         prompt=prompts[0],
+        label=None if config.label is None else label_of(config.label, model.classes, model.class_names),
         negative_prompt=config.negative_prompt,
         steps=model.defaults.steps if config.steps is None else config.steps,
         guidance_scale=model.defaults.guidance_scale if config.guidance_scale is None else config.guidance_scale,
@@ -85,6 +124,7 @@ def plan(
         sampler=config.sampler or model.defaults.sampler,
         height=height,
         width=width,
+        frames=model.frames if config.frames is None else config.frames,
         eta=config.eta,
         order=config.order,
         spacing=config.spacing,
@@ -95,6 +135,8 @@ def plan(
         resolution_shift=config.resolution_shift,
         picture_HWC=None if picture is None else decode.to_size(picture, height, width),
         mask_HW=None if mask is None else decode.to_size(mask, height, width)[:, :, 0] > 127,
+        small_HWC=small,
+        like_HWC=like,
         strength=1.0 if picture is None or mask is not None else config.strength,
     )
     seeds = range(config.seed, config.seed + config.n)
@@ -106,7 +148,8 @@ def plan(
 
 def _plain(config: Sample, model: TextToImage, base: SamplingRequest, prompts: Sequence[str], seeds: range) -> Sheet:
     requests = [dataclasses.replace(base, prompt=prompt, seed=seed) for prompt in prompts for seed in seeds]
-    return Sheet(requests=requests, columns=min(len(seeds), 8), captions=[r.prompt for r in requests])
+    captions = [r.prompt or ("" if r.label is None else model.name_of(r.label)) for r in requests]
+    return Sheet(requests=requests, columns=min(len(seeds), 8), captions=captions)
 
 
 def _by_sampler(
@@ -172,9 +215,15 @@ def _draw_all(
                     drawn.append(picture.pixels_HWC)
                     warnings.update(picture.warnings)
             progress.update(len(drawn))
-    if any(model.model.text_encoder.is_truncated(r.prompt) for r in requests):
-        warnings.add(f"a prompt was longer than the {model.model.text_encoder.max_tokens} tokens the encoder takes")
+    if any(model.is_truncated(r.prompt) for r in requests):
+        warnings.add("a prompt was longer than the tokens that a text encoder takes")
     return drawn, warnings
+
+
+def _refiner(config: Sample) -> TextToImage | None:
+    if config.refiner is None:
+        return None
+    return TextToImage.load(store.absolute(config.refiner), device=config.device, offload=config.offload)
 
 
 def _prompts(config: Sample) -> list[str]:

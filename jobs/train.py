@@ -3,6 +3,7 @@
 python -m jobs.train stage=autoencoder data=runs/data/shapes
 python -m jobs.train stage=diffusion latents=runs/latents run=my-model
 python -m jobs.train stage=diffusion data=runs/data/shapes online.enabled=true autoencoder_from=runs/autoencoder
+python -m jobs.train stage=diffusion denoiser=video_sd15 latents=runs/clips denoiser_from=runs/my-model/model
 torchrun --nproc-per-node 8 -m jobs.train cluster=none stage=diffusion latents=...
 """
 

@@ -6,11 +6,15 @@ import dataclasses
 import hashlib
 import re
 
+import numpy as np
+
 from latentray.config.serve import ServeConfig
-from latentray.errors import RequestRefused
-from latentray.inference.requests import SamplingRequest
+from latentray.errors import ConfigError, RequestRefused
+from latentray.inference.requests import ActionRequest, SamplingRequest, label_of
+from latentray.reporting import animations
 from serving.messages import ModelInfo
-from serving.schema import MAX_SEED, ImagesRequest
+from serving.pictures import decode
+from serving.schema import MAX_SEED, ActionsRequest, DrawRequest, ImagesRequest, VideosRequest
 
 SMALLEST, LARGEST = 0.5, 2.0
 """Sides allowed, in multiples of the model's own; far from its training size a model repeats objects."""
@@ -57,22 +61,98 @@ def admit(request: ImagesRequest, info: ModelInfo, limits: Limits, *, fresh_seed
     Raises RequestRefused naming the parameter.
     """
     model_known(request.model, info, limits)
+    _draws(info)
+    if info.frames:
+        raise RequestRefused("The model draws clips: POST /v1/videos/generations.", param="model", code="wrong_model")
     _offered(request)
+    if request.background not in (None, "auto", "opaque"):
+        raise RequestRefused(
+            f"Invalid background {_shown(request.background)}: only 'auto' and 'opaque' are offered.",
+            param="background",
+        )
+    if request.output_compression not in (None, 100) and request.output_format in (None, "png"):
+        raise RequestRefused(
+            "output_compression applies to output_format 'jpeg' and 'webp' only; png is lossless.",
+            param="output_compression",
+        )
+    return _admitted(request, info, limits, fresh_seed=fresh_seed)
+
+
+def admit_actions(request: ActionsRequest, info: ModelInfo, limits: Limits, *, fresh_seed: int) -> ActionRequest:
+    """What a policy is asked, with every default filled in, as `admit`; shapes are checked here, by name."""
+    model_known(request.model, info, limits)
+    policy = info.policy
+    if policy is None:
+        route = "videos" if info.frames else "images"
+        raise RequestRefused(
+            f"The model draws {route}: POST /v1/{route}/generations.", param="model", code="wrong_model"
+        )
+    known = ", ".join(policy.observations)
+    for name in request.observations.keys() ^ policy.observations.keys():
+        what = "is missing" if name in policy.observations else "is unknown"
+        raise RequestRefused(f"The observation {_shown(name)} {what}: give {known}.", param=f"observations.{name[:80]}")
+    for name, width in policy.observations.items():
+        rows = request.observations[name]
+        if len(rows) != policy.observation_steps or any(len(row) != width for row in rows):
+            raise RequestRefused(
+                f"Invalid {name}: give the latest {policy.observation_steps} observations of {width} numbers, the newest "
+                "last.",
+                param=f"observations.{name}",
+            )
+    steps = request.num_inference_steps or info.steps
+    _within("num_inference_steps", steps, min(limits.max_steps, info.max_steps))
+    return ActionRequest(
+        observations={name: np.array(rows, np.float32) for name, rows in request.observations.items()},
+        seed=fresh_seed if request.seed is None else request.seed,
+        sampler=_sampler(request.sampler, info),
+        steps=steps,
+    )
+
+
+def admit_clips(request: VideosRequest, info: ModelInfo, limits: Limits, *, fresh_seed: int) -> Admitted:
+    """The clips a request asks for, as `admit`."""
+    model_known(request.model, info, limits)
+    _draws(info)
+    if not info.frames:
+        raise RequestRefused(
+            "The model draws pictures: POST /v1/images/generations.", param="model", code="wrong_model"
+        )
+    _offered(request)
+    frames = request.frames or info.frames
+    _within("frames", frames, int(LARGEST * info.frames))
+    if request.output_compression is not None and request.output_format not in (None, "webp"):
+        raise RequestRefused("output_compression applies to output_format 'webp' only.", param="output_compression")
+    if request.output_format == "mp4" and animations.mp4_encoder() is None:
+        raise RequestRefused(
+            "This server has no encoder for mp4: ask for webp or png.", param="output_format", code="unsupported_value"
+        )
+    admitted = _admitted(request, info, limits, fresh_seed=fresh_seed, frames=frames)
+    warnings = list(admitted.warnings)
+    if frames != info.frames:
+        warnings.append(
+            f"The model was trained on {info.frames} frames; another number may repeat or cut off a motion."
+        )
+    if request.fps is not None and request.fps != info.fps:
+        warnings.append(
+            f"The model was trained at {info.fps:g} frames per second; at another rate motion is faster or slower."
+        )
+    return dataclasses.replace(admitted, warnings=warnings)
+
+
+def _admitted(request: DrawRequest, info: ModelInfo, limits: Limits, *, fresh_seed: int, frames: int = 0) -> Admitted:
     n = request.n or 1
     _within("n", n, limits.max_n)
     for name in ("prompt", "negative_prompt"):
         _short(name, getattr(request, name) or "", limits.max_prompt_chars)
     steps = request.num_inference_steps or info.steps
     _within("num_inference_steps", steps, min(limits.max_steps, info.max_steps))
-    sampler = request.sampler or info.sampler
-    if sampler not in info.samplers:
-        raise RequestRefused(
-            f"Unknown sampler {_shown(sampler)}. This model allows: {', '.join(info.samplers)}.", param="sampler"
-        )
+    sampler = _sampler(request.sampler, info)
     width, height = size_of(request.size, info)
     seed = fresh_seed if request.seed is None else request.seed
     one = SamplingRequest(
         prompt=request.prompt,
+        label=_label(request.label, info),
+        like_HWC=_like(request.like, info),
         negative_prompt=request.negative_prompt or "",
         steps=steps,
         guidance_scale=info.guidance_scale if request.guidance_scale is None else request.guidance_scale,
@@ -80,12 +160,33 @@ def admit(request: ImagesRequest, info: ModelInfo, limits: Limits, *, fresh_seed
         sampler=sampler,
         height=height,
         width=width,
+        frames=frames,
     )
     warnings = []
     if (width, height) != (info.size, info.size):
         warnings.append(f"The model was trained at {info.size}x{info.size}; other sizes may repeat or distort objects.")
     pictures = [dataclasses.replace(one, seed=picture_seed(seed, j)) for j in range(n)]
     return Admitted(pictures=pictures, seed=seed, warnings=warnings)
+
+
+def _like(sent: str | None, info: ModelInfo) -> np.ndarray | None:
+    if sent is None:
+        return None
+    if not info.takes_like:
+        raise RequestRefused("This model draws no variations of pictures.", param="like", code="unsupported_value")
+    try:
+        return decode(sent)
+    except ValueError as error:
+        raise RequestRefused(f"Invalid like: {error}", param="like") from None
+
+
+def _label(wanted: int | str | None, info: ModelInfo) -> int | None:
+    if wanted is None:
+        return None
+    try:
+        return label_of(wanted, info.classes, info.class_names)
+    except ConfigError as error:
+        raise RequestRefused(f"{error.what} {error.mend}", param="label") from None
 
 
 def picture_seed(seed: int, j: int) -> int:
@@ -131,7 +232,21 @@ def size_of(size: str | None, info: ModelInfo) -> tuple[int, int]:
     return width, height
 
 
-def _offered(request: ImagesRequest) -> None:
+def _draws(info: ModelInfo) -> None:
+    if info.policy is not None:
+        raise RequestRefused("The model gives actions: POST /v1/actions.", param="model", code="wrong_model")
+
+
+def _sampler(name: str | None, info: ModelInfo) -> str:
+    chosen = name or info.sampler
+    if chosen not in info.samplers:
+        raise RequestRefused(
+            f"Unknown sampler {_shown(chosen)}. This model allows: {', '.join(info.samplers)}.", param="sampler"
+        )
+    return chosen
+
+
+def _offered(request: DrawRequest) -> None:
     """Refuse what OpenAI's API knows and this endpoint does not offer."""
     if request.response_format not in (None, "b64_json"):
         raise RequestRefused(
@@ -140,16 +255,6 @@ def _offered(request: ImagesRequest) -> None:
         )
     if request.stream:
         raise RequestRefused("Streaming is not offered.", param="stream", code="unsupported_value")
-    if request.background not in (None, "auto", "opaque"):
-        raise RequestRefused(
-            f"Invalid background {_shown(request.background)}: only 'auto' and 'opaque' are offered.",
-            param="background",
-        )
-    if request.output_compression not in (None, 100) and request.output_format in (None, "png"):
-        raise RequestRefused(
-            "output_compression applies to output_format 'jpeg' and 'webp' only; png is lossless.",
-            param="output_compression",
-        )
 
 
 def _within(name: str, value: int, most: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import secrets
 import time
 from collections.abc import Sequence
@@ -15,12 +16,24 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import latentray
 from latentray.config.serve import ServeConfig
-from latentray.inference.requests import SamplingRequest
+from latentray.inference.requests import ActionRequest, SamplingRequest
+from latentray.reporting import animations
 from serving import keys, refusals
-from serving.admission import Admitted, Limits, admit, model_known
-from serving.messages import ModelInfo, Picture
+from serving.admission import Admitted, Limits, admit, admit_actions, admit_clips, model_known
+from serving.messages import ModelInfo, Picture, Plan
 from serving.pictures import encode
-from serving.schema import ErrorReply, ImageData, ImagesReply, ImagesRequest, Model, ModelList
+from serving.schema import (
+    ActionsReply,
+    ActionsRequest,
+    ErrorReply,
+    ImageData,
+    ImagesReply,
+    ImagesRequest,
+    Model,
+    ModelList,
+    VideosReply,
+    VideosRequest,
+)
 
 OPEN_ROUTES = frozenset({"/healthz", "/readyz"})
 """The only routes that answer without a key."""
@@ -31,11 +44,12 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 class Backend(Protocol):
-    """Where pictures come from. Both calls raise RequestRefused (429, 503, 504) where the sampler cannot answer."""
+    """Where pictures and plans come from. All calls raise RequestRefused (429, 503, 504) where the sampler cannot answer."""
 
     async def info(self) -> ModelInfo: ...
 
-    async def draw(self, requests: Sequence[SamplingRequest]) -> list[Picture]: ...
+    async def draw(self, requests: Sequence[Any]) -> list[Any]:
+        """Pictures of SamplingRequests, plans of ActionRequests."""
 
     async def ready(self) -> bool: ...
 
@@ -123,6 +137,22 @@ def create(config: ServeConfig, backend: Backend, *, key_hashes: Sequence[str]) 
         pictures = await backend.draw(admitted.pictures)
         return await run_in_threadpool(_reply, request, admitted, pictures)
 
+    @app.post("/v1/videos/generations")
+    async def clips(request: VideosRequest) -> VideosReply:
+        """Draw clips from a prompt."""
+        info = await backend.info()
+        admitted = admit_clips(request, info, limits, fresh_seed=secrets.randbits(32))
+        drawn = await backend.draw(admitted.pictures)
+        return await run_in_threadpool(_clips_reply, request, info.fps, admitted, drawn)
+
+    @app.post("/v1/actions")
+    async def actions(request: ActionsRequest) -> ActionsReply:
+        """The next actions of one robot."""
+        info = await backend.info()
+        asked = admit_actions(request, info, limits, fresh_seed=secrets.randbits(32))
+        (plan,) = await backend.draw([asked])
+        return _plan_reply(asked, info, plan)
+
     # Around the app and not among its middlewares: FastAPI's own body limit stands outside those.
     return Authentication(TooLarge(app), hashes=key_hashes)
 
@@ -134,31 +164,66 @@ def _model(name: str, info: ModelInfo) -> Model:
 def _reply(request: ImagesRequest, admitted: Admitted, pictures: Sequence[Picture]) -> ImagesReply:
     """Encode the pictures; in a thread, since PNG compression would hold up the event loop."""
     output_format = request.output_format or "png"
-    first = admitted.pictures[0]
     data = []
     for asked, picture in zip(admitted.pictures, pictures, strict=True):
-        parameters = {
-            "prompt": asked.prompt,
-            "negative_prompt": asked.negative_prompt,
-            "model": picture.release_id,
-            "seed": asked.seed,
-            "sampler": asked.sampler,
-            "num_inference_steps": asked.steps,
-            "guidance_scale": asked.guidance_scale,
-            "size": f"{asked.width}x{asked.height}",
-        }
+        parameters = _parameters(asked, picture)
         encoded = encode(picture.pixels_HWC, output_format, quality=request.output_compression, parameters=parameters)
         data.append(ImageData(b64_json=base64.b64encode(encoded).decode(), seed=asked.seed))
-    truncated = any(picture.truncated for picture in pictures)
-    return ImagesReply(
+    return ImagesReply(data=data, output_format=output_format, **_of_all(admitted, pictures))
+
+
+def _clips_reply(request: VideosRequest, own_fps: float, admitted: Admitted, drawn: Sequence[Picture]) -> VideosReply:
+    """Encode the clips, in a thread as pictures are."""
+    output_format, fps = request.output_format or "webp", request.fps or own_fps
+    frames = admitted.pictures[0].frames
+    data = []
+    for asked, clip in zip(admitted.pictures, drawn, strict=True):
+        about = json.dumps(_parameters(asked, clip) | {"frames": frames, "fps": fps}, sort_keys=True)
+        encoded = animations.encode(
+            clip.pixels_HWC, output_format, fps=fps, quality=request.output_compression, parameters=about
+        )
+        data.append(ImageData(b64_json=base64.b64encode(encoded).decode(), seed=asked.seed))
+    return VideosReply(data=data, output_format=output_format, frames=frames, fps=fps, **_of_all(admitted, drawn))
+
+
+def _plan_reply(asked: ActionRequest, info: ModelInfo, plan: Plan) -> ActionsReply:
+    assert info.policy is not None, "refused by admission"
+    return ActionsReply(
         created=int(time.time()),
-        data=data,
-        model=pictures[-1].release_id,
-        size=f"{first.width}x{first.height}",
-        output_format=output_format,
-        seed=admitted.seed,
-        sampler=first.sampler,
-        num_inference_steps=first.steps,
-        guidance_scale=first.guidance_scale,
-        warnings=admitted.warnings + ([TRUNCATED] if truncated else []),
+        model=plan.release_id,
+        actions=plan.actions_TA.tolist(),
+        executed=info.policy.executed,
+        seed=asked.seed,
+        sampler=asked.sampler,
+        num_inference_steps=asked.steps,
     )
+
+
+def _parameters(asked: SamplingRequest, drawn: Picture) -> dict[str, Any]:
+    """How one picture or clip was drawn: what its file says."""
+    return {
+        "prompt": asked.prompt,
+        "negative_prompt": asked.negative_prompt,
+        "model": drawn.release_id,
+        "seed": asked.seed,
+        "sampler": asked.sampler,
+        "num_inference_steps": asked.steps,
+        "guidance_scale": asked.guidance_scale,
+        "size": f"{asked.width}x{asked.height}",
+    } | ({} if asked.label is None else {"label": asked.label})
+
+
+def _of_all(admitted: Admitted, drawn: Sequence[Picture]) -> dict[str, Any]:
+    """What a reply says of all its pictures or clips together."""
+    first = admitted.pictures[0]
+    truncated = any(one.truncated for one in drawn)
+    return {
+        "created": int(time.time()),
+        "model": drawn[-1].release_id,
+        "size": f"{first.width}x{first.height}",
+        "seed": admitted.seed,
+        "sampler": first.sampler,
+        "num_inference_steps": first.steps,
+        "guidance_scale": first.guidance_scale,
+        "warnings": admitted.warnings + ([TRUNCATED] if truncated else []),
+    }

@@ -18,10 +18,10 @@ from starlette.types import ASGIApp
 
 from latentray.config.serve import ServeConfig
 from latentray.errors import RequestRefused
-from latentray.inference.requests import SamplingRequest
+from latentray.inference.requests import ActionRequest, SamplingRequest
 from serving import api
-from serving.loading import Loaded, load
-from serving.messages import ModelInfo, Picture
+from serving.loading import Servable, load
+from serving.messages import ModelInfo, Picture, Plan
 
 logger = logging.getLogger("ray.serve")
 
@@ -46,7 +46,7 @@ class Sampler:
 
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
-        self._loaded: Loaded | None = None
+        self._loaded: Servable | None = None
         self._refused: tuple[str, str] | None = None
         self._drawing_since = float("inf")
         # One thread: it keeps the event loop free for health checks, and torch calls never overlap.
@@ -87,8 +87,8 @@ class Sampler:
         """What the loaded release is and allows."""
         return dataclasses.replace(self._model().info, refused=self._refused)
 
-    async def draw(self, requests: list[SamplingRequest]) -> list[Picture]:
-        """The pictures of one HTTP request; they may share batches with those of others."""
+    async def draw(self, requests: list[Any]) -> list[Any]:
+        """The pictures, or the plan, of one HTTP request; they may share batches with those of others."""
         outcomes = await asyncio.gather(*(self._draw_one(request) for request in requests))
         for outcome in outcomes:
             if isinstance(outcome, Exception):
@@ -96,7 +96,7 @@ class Sampler:
         return outcomes
 
     @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.02)  # both set again by __init__
-    async def _draw_one(self, requests: list[SamplingRequest]) -> list[Picture | Exception]:
+    async def _draw_one(self, requests: list[SamplingRequest | ActionRequest]) -> list[Picture | Plan | Exception]:
         loaded = self._model()
         self._drawing_since = time.monotonic()
         try:
@@ -104,7 +104,7 @@ class Sampler:
         finally:
             self._drawing_since = float("inf")
 
-    def _model(self) -> Loaded:
+    def _model(self) -> Servable:
         if self._loaded is None:
             raise RequestRefused("No model is loaded yet.", code="model_not_ready", status=503)
         return self._loaded
@@ -129,7 +129,7 @@ class HandleBackend:
                 logger.debug("the sampler is busy; its known bounds are used")
         return self._info
 
-    async def draw(self, requests: Sequence[SamplingRequest]) -> list[Picture]:
+    async def draw(self, requests: Sequence[Any]) -> list[Any]:
         return await self._call("draw", self._timeout_s, list(requests))
 
     async def ready(self) -> bool:

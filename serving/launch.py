@@ -21,9 +21,10 @@ from ray import serve as ray_serve
 from ray.serve.exceptions import BackPressureError
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
+from latentray.checkpoint import manifest
 from latentray.config.serve import ServeConfig
 from latentray.errors import ArtifactError, EnvironmentRefused, LatentrayError
-from serving import app, keys
+from serving import app, keys, policies
 from serving.releases import Release, find_release, verify
 
 _POLL_S = 0.25
@@ -181,6 +182,14 @@ def greeting(endpoint: Endpoint) -> str:
     config, url = endpoint.config, endpoint.base_url
     header = '-H "Authorization: Bearer $API_KEY" ' if config.key_hashes else ""
     key = 'os.environ["API_KEY"]' if config.key_hashes else '"none"'
+    found = manifest.find(endpoint.release.uri)
+    if found is not None and policies.is_policy(endpoint.release.uri, found):
+        return f"""
+Serving {endpoint.release.id} at {url}{" (API_KEY holds a client's key)" if config.key_hashes else ""}
+
+  curl -s {url}/v1/models {header}              # the observations that it is told
+  curl -s {url}/v1/actions {header}-H "Content-Type: application/json" -d '{{"observations": {{...}}, "seed": 1}}'
+"""
     return f"""
 Serving {endpoint.release.id} at {url}{" (API_KEY holds a client's key)" if config.key_hashes else ""}
 

@@ -13,13 +13,25 @@ from typing import Any, Protocol
 from latentray.checkpoint import manifest
 from latentray.config.serve import ServeConfig
 from latentray.errors import ArtifactError, ConfigError, RequestRefused
-from latentray.inference.requests import SamplingRequest
-from serving.messages import ModelInfo, Picture
+from latentray.inference.requests import ActionRequest, SamplingRequest
+from serving import policies
+from serving.messages import ModelInfo, Picture, Plan
 
 logger = logging.getLogger("ray.serve")
 
 KINDS = ("release", "model")
 """Kinds of artifact that can be served."""
+
+
+class Servable(Protocol):
+    """A release as a replica holds it, whatever it makes."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    def warm_up(self) -> None: ...
+
+    def draw(self, requests: Sequence[Any]) -> Sequence[Picture | Plan | Exception]: ...
 
 
 class Model(Protocol):
@@ -30,6 +42,11 @@ class Model(Protocol):
     downsampling: int
     samplers: tuple[str, ...]
     max_steps: int
+    frames: int
+    fps: float
+    takes_like: bool
+    classes: int | None
+    class_names: tuple[str, ...]
 
     def sample(self, requests: Sequence[Any]) -> list[Any]: ...
 
@@ -60,9 +77,12 @@ def loader_of(import_path: str) -> Callable[..., Model]:
     return found
 
 
-def load(config: ServeConfig, uri: str, release_id: str) -> Loaded:
+def load(config: ServeConfig, uri: str, release_id: str) -> Servable:
     """Load a release; the loader verifies every file it reads by the manifest."""
-    created = datetime.datetime.fromisoformat(read_manifest(uri).created)
+    found = read_manifest(uri)
+    created = datetime.datetime.fromisoformat(found.created)
+    if policies.is_policy(uri, found):
+        return policies.load(config, uri, release_id, created=int(created.timestamp()))
     model = loader_of(config.loader)(uri, device=config.device)
     info = ModelInfo(
         release_id=release_id,
@@ -75,6 +95,11 @@ def load(config: ServeConfig, uri: str, release_id: str) -> Loaded:
         sampler=model.defaults.sampler,
         steps=model.defaults.steps,
         guidance_scale=model.defaults.guidance_scale,
+        frames=model.frames,
+        fps=model.fps,
+        takes_like=model.takes_like,
+        classes=model.classes,
+        class_names=tuple(model.class_names),
     )
     return Loaded(model=model, info=info, threads=config.threads)
 
@@ -102,26 +127,37 @@ class Loaded:
             sampler=info.sampler,
             height=size,
             width=size,
+            frames=info.frames,
         )
         (outcome,) = self.draw([request])
         if isinstance(outcome, Exception):
             raise outcome
 
     def draw(self, requests: Sequence[SamplingRequest]) -> list[Picture | Exception]:
-        """One outcome per request, in order; requests of one size are drawn in one call.
+        """One outcome per request, in order; requests of one size and number of frames are drawn in one call.
 
         Where a call fails, its pictures are tried one by one, so that a request fails for its own faults only.
         """
-        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        groups: dict[tuple[int, int, int], list[int]] = defaultdict(list)
         outcomes: list[Picture | Exception] = [RequestRefused("not drawn", status=500)] * len(requests)
         for i, request in enumerate(requests):
-            if request.sampler not in self.info.samplers:  # admitted before a promotion that changed the objective
+            if isinstance(request, ActionRequest):  # likewise
+                outcomes[i] = RequestRefused("The model draws pictures now.", param="model")
+            elif request.sampler not in self.info.samplers:  # admitted before a promotion that changed the objective
                 outcomes[i] = RequestRefused(
                     f"Unknown sampler {request.sampler!r}. This model allows: {', '.join(self.info.samplers)}.",
                     param="sampler",
                 )
+            elif bool(request.frames) != bool(self.info.frames):  # likewise
+                outcomes[i] = RequestRefused(
+                    f"The model draws {'clips' if self.info.frames else 'pictures'} now.", param="model"
+                )
+            elif request.label is not None and request.label >= (self.info.classes or 0):  # likewise
+                outcomes[i] = RequestRefused(f"The model knows no class {request.label} now.", param="label")
+            elif request.like_HWC is not None and not self.info.takes_like:  # likewise
+                outcomes[i] = RequestRefused("The model draws no variations of pictures now.", param="like")
             else:
-                groups[request.height, request.width].append(i)
+                groups[request.height, request.width, request.frames].append(i)
         for rows in groups.values():
             for i, outcome in zip(rows, self._draw_group([requests[i] for i in rows]), strict=True):
                 outcomes[i] = outcome

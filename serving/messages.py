@@ -10,14 +10,38 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Picture:
-    """One drawn picture."""
+    """One drawn picture, or clip."""
 
     pixels_HWC: np.ndarray
-    """uint8 RGB."""
+    """uint8 RGB; a clip's (T,H,W,3)."""
     truncated: bool
     """The prompt was longer than the tokenizer takes."""
     release_id: str
     """Release that drew it: a promotion may happen after a request was admitted, even between two of its pictures."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The next actions of one robot."""
+
+    actions_TA: np.ndarray
+    """float32, in the units of the data that the policy learnt from."""
+    release_id: str
+    """Release that made it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyInfo:
+    """What a policy is told and says."""
+
+    observations: dict[str, int]
+    """Name -> numbers of one observation."""
+    observation_steps: int
+    """How many of the latest observations it is told."""
+    action_steps: int
+    action_width: int
+    executed: int
+    """Actions to execute before it is asked again."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,11 +65,30 @@ class ModelInfo:
     """Default number of steps."""
     guidance_scale: float
     """Default guidance scale."""
+    frames: int = 0
+    """Of the clips it learnt from; 0 for a model of pictures."""
+    fps: float = 0.0
+    """Frames per second of its clips."""
+    policy: PolicyInfo | None = None
+    """Of a model that gives actions; it has no size and no guidance."""
+    takes_like: bool = False
+    """Whether it has a vision encoder, for variations of pictures."""
+    classes: int | None = None
+    """How many classes it draws; None for a model that knows none."""
+    class_names: tuple[str, ...] = ()
+    """Theirs, in their order, where they have names."""
     refused: tuple[str, str] | None = None
     """Id of a release that was to replace this one and could not, and why."""
 
     def public(self) -> dict[str, Any]:
         """What `GET /v1/models` tells clients besides OpenAI's fields."""
+        if self.policy is not None:
+            return {
+                "release": self.release_id,
+                "samplers": list(self.samplers),
+                "max_steps": self.max_steps,
+                "defaults": {"sampler": self.sampler, "num_inference_steps": self.steps},
+            } | dataclasses.asdict(self.policy)
         return {
             "release": self.release_id,
             "size": f"{self.size}x{self.size}",
@@ -57,4 +100,9 @@ class ModelInfo:
                 "num_inference_steps": self.steps,
                 "guidance_scale": self.guidance_scale,
             },
-        }
+        } | {name: value for name, value in self._more().items() if value}
+
+    def _more(self) -> dict[str, Any]:
+        """What only some models have."""
+        of_clips = {"frames": self.frames, "fps": self.fps}
+        return of_clips | {"classes": self.classes, "class_names": list(self.class_names), "like": self.takes_like}

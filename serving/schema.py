@@ -1,4 +1,4 @@
-"""The HTTP models: OpenAI's images API and the extra fields of a diffusion model.
+"""The HTTP models: OpenAI's images API, one of clips like it, and the extra fields of a diffusion model.
 
 Types and fixed bounds are checked here; what depends on the loaded model or on settings is checked in `admission`.
 """
@@ -14,28 +14,29 @@ MAX_SEED = 2**53 - 1
 MAX_GUIDANCE = 50.0
 
 
-class ImagesRequest(BaseModel):
-    """`POST /v1/images/generations`. An unknown field is refused by name; null means the default."""
+class DrawRequest(BaseModel):
+    """What pictures and clips are asked for by alike. An unknown field is refused by name; null means the default."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     prompt: str = Field(min_length=1, description="What to draw. Cut where it is longer than the tokenizer takes.")
     model: str | None = Field(None, description="Served name, release id or alias; the served model where left out.")
-    n: int | None = Field(None, ge=1, description="Number of pictures; 1 where left out.")
+    n: int | None = Field(None, ge=1, description="Number of pictures or clips; 1 where left out.")
     size: str | None = Field(None, description="`<width>x<height>` in pixels, or `auto` for the model's own size.")
     response_format: str | None = Field(None, description="`b64_json`, the only one offered.")
-    output_format: Literal["png", "jpeg", "webp"] | None = Field(None, description="`png` where left out.")
-    output_compression: int | None = Field(None, ge=0, le=100, description="Quality of jpeg and webp, in percent.")
-    background: str | None = Field(None, description="`auto` or `opaque`; pictures have no alpha channel.")
     quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] | None = Field(
         None, description="Accepted for compatibility, without effect: `num_inference_steps` sets the quality."
     )
-    style: Literal["vivid", "natural"] | None = Field(None, description="Accepted for compatibility, without effect.")
-    moderation: Literal["auto", "low"] | None = Field(None, description="Accepted for compatibility, without effect.")
     user: str | None = Field(None, max_length=512, description="Accepted for compatibility, not stored.")
     safety_identifier: str | None = Field(None, max_length=512, description="Accepted for compatibility, not stored.")
     stream: bool | None = Field(None, description="Only false is offered.")
 
+    like: str | None = Field(
+        None, description="Models with a vision encoder: a picture to draw variations of, PNG, JPEG or WebP in base64."
+    )
+    label: int | str | None = Field(
+        None, description="Models of classes: the class to draw, its number or its name, see `GET /v1/models`."
+    )
     negative_prompt: str | None = Field(None, description="What to steer away from.")
     num_inference_steps: int | None = Field(
         None, ge=1, description="Sampling steps; the model's default where left out."
@@ -52,13 +53,70 @@ class ImagesRequest(BaseModel):
     sampler: str | None = Field(None, description="One of the model's samplers, see `GET /v1/models`.")
 
 
+class ImagesRequest(DrawRequest):
+    """`POST /v1/images/generations`."""
+
+    output_format: Literal["png", "jpeg", "webp"] | None = Field(None, description="`png` where left out.")
+    output_compression: int | None = Field(None, ge=0, le=100, description="Quality of jpeg and webp, in percent.")
+    background: str | None = Field(None, description="`auto` or `opaque`; pictures have no alpha channel.")
+    style: Literal["vivid", "natural"] | None = Field(None, description="Accepted for compatibility, without effect.")
+    moderation: Literal["auto", "low"] | None = Field(None, description="Accepted for compatibility, without effect.")
+
+
+class VideosRequest(DrawRequest):
+    """`POST /v1/videos/generations`."""
+
+    output_format: Literal["webp", "png", "mp4"] | None = Field(
+        None, description="`webp` where left out; webp and png are animated, mp4 wants a server with a video encoder."
+    )
+    output_compression: int | None = Field(None, ge=0, le=100, description="Quality of webp, in percent.")
+    frames: int | None = Field(None, ge=1, description="Frames of each clip; the model's own where left out.")
+    fps: float | None = Field(
+        None, ge=0.1, le=240, description="Frames per second it is played at; the model's own where left out."
+    )
+
+
+class ActionsRequest(BaseModel):
+    """`POST /v1/actions`: what one robot sees. An unknown field is refused by name; null means the default."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    observations: dict[str, list[list[float]]] = Field(
+        description="By name, the latest observations, the newest last, in the units of the data the policy learnt from."
+    )
+    model: str | None = Field(None, description="Served name, release id or alias; the served model where left out.")
+    num_inference_steps: int | None = Field(
+        None, ge=1, description="Sampling steps; the model's default where left out."
+    )
+    seed: int | None = Field(
+        None, ge=0, le=MAX_SEED, description="Equal seeds give equal actions; drawn where left out."
+    )
+    sampler: str | None = Field(None, description="One of the model's samplers, see `GET /v1/models`.")
+
+
+class ActionsReply(BaseModel):
+    """The next actions, with the settings that made them."""
+
+    created: int
+    model: str
+    """Id of the release that made them."""
+    actions: list[list[float]]
+    """One row for each step from now on, in the units of the data the policy learnt from."""
+    executed: int
+    """How many of them to execute before asking again."""
+    seed: int
+    """Seed of the request: given, or drawn by the server."""
+    sampler: str
+    num_inference_steps: int
+
+
 class ImageData(BaseModel):
-    """One picture of the reply."""
+    """One picture or clip of the reply."""
 
     b64_json: str
-    """The encoded picture, base64."""
+    """The encoded file, base64."""
     seed: int
-    """Sent as `seed` with n=1 it draws this picture again."""
+    """Sent as `seed` with n=1 it draws this one again."""
 
 
 class ImagesReply(BaseModel):
@@ -71,6 +129,25 @@ class ImagesReply(BaseModel):
     size: str
     output_format: str
     background: Literal["opaque"] = "opaque"
+    seed: int
+    """Seed of the request: given, or drawn by the server."""
+    sampler: str
+    num_inference_steps: int
+    guidance_scale: float
+    warnings: list[str]
+
+
+class VideosReply(BaseModel):
+    """The reply of the videos API, with the settings that drew the clips."""
+
+    created: int
+    data: list[ImageData]
+    model: str
+    """Id of the release that drew the clips."""
+    size: str
+    frames: int
+    fps: float
+    output_format: str
     seed: int
     """Seed of the request: given, or drawn by the server."""
     sampler: str

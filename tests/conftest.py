@@ -10,7 +10,6 @@ import secrets
 import shutil
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,12 +52,12 @@ def own_cache() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def no_cluster_is_left() -> Iterator[None]:
-    """What a file left of Ray would meet the next file's cluster: it is ended here, and told."""
+    """A file that starts Ray ends it too: what it left would meet the next file's cluster."""
     yield
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         ray.shutdown()
-        warnings.warn("this file left a Ray cluster running", stacklevel=1)
+        pytest.fail("this file left a Ray cluster running")
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,53 +16,81 @@ from latentray.checkpoint import manifest, store, weights
 from latentray.config.autoencoder import AutoencoderConfig
 from latentray.config.denoiser import DenoiserConfig
 from latentray.errors import ArtifactError, ConfigError
-from latentray.models.autoencoder import KLAutoencoder, LatentScale
+from latentray.models.autoencoder import (
+    Autoencoder,
+    IdentityAutoencoder,
+    KLAutoencoder,
+    LatentScale,
+    VQAutoencoder,
+)
 from latentray.models.mmdit import MMDiT
+from latentray.models.policy import ActionUNet
 from latentray.models.unet import UNet
+from latentray.models.video import VideoUNet
 
 Net = TypeVar("Net", bound=nn.Module)
-AUTOENCODER_FORMAT = 1
-Denoiser = UNet | MMDiT
-_DENOISERS: dict[str, Callable[[DenoiserConfig], Denoiser]] = {"unet": UNet, "mmdit": MMDiT}
+AUTOENCODER_FORMAT = 2
+"""1 did not say which latents it belongs to: all of its weights decided that; it is read too."""
+IDENTITY = "identity"
+"""The URI of the autoencoder that is none, without an artifact: latents are pixels."""
+_IDENTITY_SIZE = 64
+_AUTOENCODERS: dict[str, Callable[[AutoencoderConfig], Autoencoder]] = {
+    "kl": KLAutoencoder,
+    "vq": VQAutoencoder,
+    "identity": IdentityAutoencoder,
+}
+Denoiser = UNet | MMDiT | ActionUNet
+_DENOISERS: dict[str, Callable[[DenoiserConfig], Denoiser]] = {
+    "unet": UNet,
+    "mmdit": MMDiT,
+    "video": VideoUNet,
+    "policy": ActionUNet,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoencoderArtifact:
-    """An autoencoder that stage 1 made: architecture, latent scale and weights, verified."""
+    """An autoencoder that stage 1 made, or the identity: architecture, latent scale and weights, verified."""
 
     uri: str
     digest: str
     """Of its manifest."""
     fingerprint: str
-    """sha256 over weights, architecture, shift and scale: what latents belong to."""
+    """What latents belong to: sha256 over the encoder, shift and scale. A decoder that was trained on shares it."""
     config: AutoencoderConfig
     scale: LatentScale
     size: int
-    """Pixels of the square it was trained on."""
+    """Pixels of the square it was trained on; the identity takes any."""
     weights: Path
     """A local, verified copy of the weights."""
 
-    def load(self) -> KLAutoencoder:
+    def state(self) -> dict[str, Tensor]:
+        return weights.read(self.weights)
+
+    def load(self) -> Autoencoder:
         """The network, frozen, in eval mode."""
-        return autoencoder(self.config, weights.read(self.weights), where=self.uri)
+        return autoencoder(self.config, self.state(), where=self.uri)
 
 
 def autoencoder_artifact(uri: str) -> AutoencoderArtifact:
-    """Open the artifact at a URI. Raises InputMissing, ArtifactError, DigestMismatch."""
+    """Open the artifact at a URI; `identity` is one without files. Raises InputMissing, ArtifactError, DigestMismatch."""
+    if uri == IDENTITY or (uri == store.absolute(IDENTITY) and not store.exists(store.join(uri, manifest.NAME))):
+        return _identity()
     found = manifest.read(uri, kind="autoencoder")
     described = json.loads(manifest.fetch_file(uri, "config.json", found).read_text())
-    if described.get("format") != AUTOENCODER_FORMAT:
+    if described.get("format") not in (1, AUTOENCODER_FORMAT):
         raise ArtifactError(
             f"The autoencoder has format {described.get('format')!r}.",
             where=uri,
-            mend=f"Format {AUTOENCODER_FORMAT} is read.",
+            mend=f"Formats 1 and {AUTOENCODER_FORMAT} are read.",
         )
     path = manifest.fetch_file(uri, "autoencoder.safetensors", found)
     decides = {key: described[key] for key in ("autoencoder", "shift", "scale")}
+    older = store.digest_of(decides | {"weights": found.files["autoencoder.safetensors"].sha256})
     return AutoencoderArtifact(
         uri=uri,
         digest=found.digest,
-        fingerprint=store.digest_of(decides | {"weights": found.files["autoencoder.safetensors"].sha256}),
+        fingerprint=described.get("latents", older),
         config=AutoencoderConfig(**described["autoencoder"]),
         scale=LatentScale(shift=described["shift"], scale=described["scale"]),
         size=described["size"],
@@ -69,20 +98,67 @@ def autoencoder_artifact(uri: str) -> AutoencoderArtifact:
     )
 
 
+def _identity() -> AutoencoderArtifact:
+    config = AutoencoderConfig(kind="identity", in_channels=3, latent_channels=3)
+    constant = store.digest_of({"autoencoder": IDENTITY})
+    path = store.cache_dir() / "identity.safetensors"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with store.staging() as folder:
+            weights.save(folder / path.name, {})
+            store.upload(folder / path.name, path)
+    return AutoencoderArtifact(
+        uri=IDENTITY,
+        digest=constant,
+        fingerprint=constant,
+        config=config,
+        scale=LatentScale(shift=0.0, scale=1.0),
+        size=_IDENTITY_SIZE,
+        weights=path,
+    )
+
+
 def write_autoencoder(
-    folder: Path, config: AutoencoderConfig, state: Mapping[str, Tensor], *, scale: LatentScale, size: int
+    folder: Path,
+    config: AutoencoderConfig,
+    state: Mapping[str, Tensor],
+    *,
+    scale: LatentScale,
+    size: int,
+    fingerprint: str | None = None,
 ) -> None:
-    """Write the files of an autoencoder artifact locally, ready for `manifest.publish(kind="autoencoder")`."""
+    """Write the files of an autoencoder artifact locally, ready for `manifest.publish(kind="autoencoder")`.
+
+    Args:
+        fingerprint: that of the autoencoder whose encoder and scale these are, where only the decoder was trained.
+    """
     weights.save(folder / "autoencoder.safetensors", state)
-    described = {"format": AUTOENCODER_FORMAT, "autoencoder": as_dict(config), "size": size} | dataclasses.asdict(scale)
-    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    described = {
+        "format": AUTOENCODER_FORMAT,
+        "autoencoder": as_dict(config),
+        "size": size,
+        "latents": fingerprint or fingerprint_of(config, state, scale),
+    }
+    (folder / "config.json").write_text(json.dumps(described | dataclasses.asdict(scale), indent=2) + "\n")
+
+
+def fingerprint_of(config: AutoencoderConfig, state: Mapping[str, Tensor], scale: LatentScale) -> str:
+    """What an autoencoder's latents belong to: sha256 over all that they depend on."""
+    encoder = hashlib.sha256()
+    for name in sorted(name for name in state if name.startswith("encoder.")):
+        value = state[name].detach().cpu().contiguous()
+        encoder.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        encoder.update(value.reshape(-1).view(torch.uint8).numpy())
+    return store.digest_of(
+        {"autoencoder": as_dict(config), "encoder": encoder.hexdigest(), **dataclasses.asdict(scale)}
+    )
 
 
 def autoencoder(
     config: AutoencoderConfig, state: Mapping[str, Tensor] | None = None, *, where: str = ""
-) -> KLAutoencoder:
+) -> Autoencoder:
     """An autoencoder, with its weights where they are given."""
-    return _filled(KLAutoencoder(config), state, where)
+    return _filled(_AUTOENCODERS[config.kind](config), state, where)
 
 
 def denoiser(config: DenoiserConfig, state: Mapping[str, Tensor] | None = None, *, where: str = "") -> Denoiser:

@@ -43,6 +43,9 @@ class Purpose(enum.IntEnum):
     BUCKET_TURNS = 16
     SLOT_TURNS = 17
     TAGS = 18
+    ENCODER_DROPOUT = 19
+    MASK = 20
+    CODEBOOK = 21
 
 
 def _signed(value: int) -> int:

@@ -14,10 +14,11 @@ import yaml
 from latentray import build
 from latentray.config import compose, describe
 from latentray.config.build_shards import BuildShards
-from latentray.config.denoiser import DenoiserConfig
+from latentray.config.denoiser import FAMILIES, DenoiserConfig
 from latentray.config.doctor import DoctorConfig
 from latentray.config.evaluate import Evaluate
 from latentray.config.export import Export
+from latentray.config.import_weights import ImportWeights
 from latentray.config.inspect_shards import InspectShards
 from latentray.config.plan import PlanConfig
 from latentray.config.precompute_latents import PrecomputeLatents
@@ -37,6 +38,7 @@ PRIMARY = {
     "doctor": (DoctorConfig, []),
     "export": (Export, ["run=r", "out=o"]),
     "evaluate": (Evaluate, ["model=m", "data=d", "out=o"]),
+    "import_weights": (ImportWeights, ["weights=w", "out=o"]),
     "inspect_shards": (InspectShards, ["data=d"]),
     "plan": (PlanConfig, []),
     "precompute_latents": (PrecomputeLatents, ["data=d", "autoencoder_from=a", "out=o"]),
@@ -56,6 +58,7 @@ GROUPS = {
     "cluster": "train",
     "deepspeed": "train",
     "denoiser": "train",
+    "encoders": "precompute_latents",
     "experiment": "train",
     "gates": "promote",
     "objective": "train",
@@ -70,7 +73,8 @@ GROUPS = {
 
 SHARED = {
     "doctor": {"cluster", "tracking"},
-    "plan": {group for group, taker in GROUPS.items() if taker == "train"},
+    "plan": {group for group, taker in GROUPS.items() if taker == "train"} | {"encoders"},
+    "train": {"encoders"},
 }
 """Primary configuration -> groups that it takes besides."""
 
@@ -130,37 +134,56 @@ def test_every_denoiser_builds(name):
     config = load("train", f"denoiser={name}").denoiser
     with torch.device("meta"):
         net = build.denoiser(config)
-        x, t, context = (
-            torch.empty(1, config.in_channels, 16, 16),
-            torch.empty(1),
-            torch.empty(1, 5, config.context_width or 1),
-        )
+        of_picture = ((config.in_channels, 16, 16), (config.out_channels, 16, 16))
+        shapes = {
+            "video": tuple((3, *one) for one in of_picture),
+            "policy": tuple((config.action_steps, one) for one in (config.in_channels, config.out_channels)),
+        }
+        noisy, drawn = shapes.get(config.family, of_picture)
+        x, t, context = torch.empty(1, *noisy), torch.empty(1), torch.empty(1, 5, config.context_width or 1)
         conditions = {
             "pooled": torch.empty(1, config.pooled_width or 1),
             "size": torch.empty(1, config.size_numbers),
             "labels": torch.empty(1, dtype=torch.long),
+            "observations": torch.empty(1, config.observation_steps, config.observation_width or 1),
         }
-        assert net(x, t, context, **conditions).shape == (1, config.out_channels, 16, 16)
+        told = {name: conditions[name] for name in config.reads}
+        assert net(x, t, context, **told).shape == (1, *drawn)
 
 
 def test_every_denoiser_lists_the_settings_of_its_family():
     """What a file leaves out cannot be overridden: an mmdit has no levels, a U-Net no patches."""
-    kinds = {kind: set() for kind in ("unet", "mmdit")}
+    kinds = {kind: set() for kind in FAMILIES}
     for name in compose.groups()["denoiser"]:
         told = yaml.safe_load((compose.conf_dir() / "denoiser" / f"{name}.yaml").read_text())
         kinds[told["family"]] |= set(told)
         assert set(told) == kinds[told["family"]]
-    assert kinds["unet"] | kinds["mmdit"] == {field.name for field in dataclasses.fields(DenoiserConfig)}
+    assert set.union(*kinds.values()) == {field.name for field in dataclasses.fields(DenoiserConfig)}
     assert refused("train", "denoiser=unet_tiny_sd2", "denoiser.patch=2").where == "denoiser.patch"
     assert refused("train", "denoiser=mmdit_tiny_sd3", "denoiser.channels=[8]").where == "denoiser.channels"
+
+
+@pytest.mark.parametrize(
+    ("name", "members"),
+    [("sdxl", ["clip_l_sdxl", "open_clip_bigg"]), ("sd3", ["clip_l_sd3", "open_clip_bigg", "t5_xxl"])],
+)
+def test_encoders_named_at_once_are_those_named_singly_stored_and_online(name, members):
+    stored = load("precompute_latents", f"encoders={name}").all_text_encoders
+    assert stored == [load("precompute_latents", f"text_encoder={one}").text_encoder for one in members]
+    assert load("train", f"encoders@online={name}").online.all_text_encoders == stored
+    experiment = {"sdxl": "sdxl_1024", "sd3": "sd3_medium_1024"}[name]
+    assert load("train", f"experiment={experiment}").online.all_text_encoders == stored
 
 
 @pytest.mark.parametrize("name", compose.groups()["objective"])
 def test_every_objective_builds(name):
     config = load("train", f"objective={name}").objective
     alpha, sigma = schedules.build(config).alpha_sigma(torch.tensor([config.timesteps // 2]))
-    assert 0 < float(alpha) < 1
-    assert 0 < float(sigma) < 1
+    if config.schedule == "unnoised":
+        assert (float(alpha), float(sigma)) == (0, 0)
+    else:
+        assert 0 < float(alpha) < 1
+        assert 0 < float(sigma) < 1
 
 
 @pytest.mark.parametrize(
@@ -169,6 +192,7 @@ def test_every_objective_builds(name):
         ("unet_sd15", 859_520_964), ("unet_sd2", 865_910_724), ("unet_sdxl", 2_567_463_684),
         ("unet_sdxl_refiner", 2_259_526_660), ("unet_class", 406_730_884), ("mmdit_sd3_medium", 2_028_328_000),
         ("mmdit_sd35_medium", 2_243_171_520), ("mmdit_sd35_large", 8_056_627_520),
+        ("video_sd15", 1_206_380_484), ("unet_ldm_text", 1_415_195_844),
     ],
 )  # fmt: skip
 def test_the_parameter_counts_of_denoisers(name, parameters):

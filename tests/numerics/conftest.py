@@ -17,20 +17,27 @@ import pytest
 from latentray.checkpoint import weights
 
 
-def _tiny():
-    spec = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("tiny.py"))
+def _module(name: str):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-tiny = _tiny()
+tiny, tiny_clips = _module("tiny"), _module("tiny_clips")
 
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory) -> dict[str, str]:
     with pytest.MonkeyPatch.context() as patch:
         return tiny.build_all(tmp_path_factory.mktemp("tiny"), patch)
+
+
+@pytest.fixture(scope="session")
+def clips(inputs, tmp_path_factory) -> dict[str, str]:
+    """`data` and `latents` of clips."""
+    with pytest.MonkeyPatch.context() as patch:
+        return tiny_clips.build_all(tmp_path_factory.mktemp("clips"), patch, tiny, inputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +80,12 @@ def _run(folder: Path, jobs: list[dict], *, world: int = 1, expect: int = 0) -> 
 
 
 @pytest.fixture(scope="session")
+def run_jobs():
+    """(folder, jobs, world=1, expect=0) -> what `runs.py` said."""
+    return _run
+
+
+@pytest.fixture(scope="session")
 def runs(inputs, tmp_path_factory) -> dict[str, Run]:
     """Name -> run: `stage1` and `stage2` on one worker, `..._zero0` ... `..._zero3` on two, `resumed`, `damaged`."""
     root = tmp_path_factory.mktemp("runs")
@@ -96,6 +109,7 @@ def runs(inputs, tmp_path_factory) -> dict[str, Run]:
         job("edm", edm),
         job("mixed", mixed),
         job("sizes", [*stage2, "denoiser.pooled_width=16", "denoiser.size_numbers=6", "denoiser.size_width=8"]),
+        *(job(name, settings) for name, settings in tiny.beside(inputs).items()),
         job("resumed", often, die_at=4),
     ]
     outputs = {"one": _run(root, one, expect=9)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import signal
@@ -109,13 +110,13 @@ def _terminated_at(step: int) -> list:
     return _patch(loop._Loop, "_step", made)
 
 
-def _frozen_at(step: int) -> list:
-    """SIGSTOP to the last rank."""
+def _frozen_at(where: dict) -> list:
+    """SIGSTOP to a rank in a step, once its sign of life from that step is out."""
 
     def made(before):
         def counted(self, batches, samples, seen, lr):
-            if samples // self.config.global_batch_size == step and dist.get_rank() == dist.get_world_size() - 1:
-                print(f"frozen {time.time()}", flush=True)
+            if samples // self.config.global_batch_size == where["step"] and dist.get_rank() == where["rank"]:
+                time.sleep(2.5)
                 os.kill(os.getpid(), signal.SIGSTOP)
             return before(self, batches, samples, seen, lr)
 
@@ -174,7 +175,24 @@ def _dies_while_saving(where: dict) -> list:
     ]
 
 
+def _preempted_from(step: int) -> list:
+    """Ray says from this step on that a node will be taken back."""
+
+    def leaving() -> frozenset[str]:
+        return frozenset({"a node"} if _STEP["now"] >= step else ())
+
+    def made(before):
+        def told(worker, hooks):
+            return before(worker, dataclasses.replace(hooks, leaving=leaving))
+
+        return told
+
+    at_once = _patch(loop, "_ASK_EVERY_S", lambda before: 0.0)
+    return [*_patch(loop._Loop, "_step", _counting), *_patch(loop, "run", made), *at_once]
+
+
 FAULTS = {
+    "preempted_from": _preempted_from,
     "nan_at": _nan_at,
     "spike_at": _spike_at,
     "infinite": _infinite,
@@ -187,13 +205,13 @@ FAULTS = {
 
 
 def state_of(engine: Engine) -> str:
-    """sha256 of this rank's weights, moments and random state."""
+    """sha256 of this rank's weights, moments and random state; what ZeRO pads its partitions with is none of them."""
     import hashlib
 
     found = hashlib.sha256()
-    tensors, numbers = engine.optimizer_states()
-    for flat in [*engine.master_partitions(), *(t for _, flats in sorted(tensors.items()) for t in flats)]:
-        found.update(flat.detach().contiguous().view(-1).numpy().tobytes())
-    found.update(repr(sorted(numbers.items())).encode())
+    held = engine.snapshot()
+    for name, tensor in sorted((held.tensors | held.whole).items()):
+        found.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    found.update(repr((held.fragments, sorted(held.scalars.items()))).encode())
     found.update(torch.get_rng_state().numpy().tobytes())
     return found.hexdigest()

@@ -2,8 +2,9 @@
 
     [torchrun --nproc-per-node 2] runs.py <jobs.json> <port>
 
-A job has `overrides`, and `die_at`: the process ends, as if killed, once the checkpoint of that step is written; or
-`inject`, faults of `injected.py`. Beside each result it leaves `raw.safetensors`, the weights that the EMA averages.
+A job has `overrides`, and `die_at`: the process ends, as if killed, once the checkpoint of that step is written; `kill_at`,
+where it is killed then; or `inject`, faults of `injected.py`. Beside each result it leaves `raw.safetensors`, the weights that
+the EMA averages.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -32,9 +34,12 @@ def keeping_raw(finish):
     @functools.wraps(finish)
     def wrapped(self, ema):
         state = self.engine.full_state()
-        Path(self.worker.out, f"state-{self.worker.rank}.txt").write_text(injected.state_of(self.engine))
+        held = "\n".join(injected.state_of(engine) for engine in self.engines.values())
+        store.write_bytes(store.join(self.worker.out, f"state-{self.worker.rank}.txt"), held.encode())
         if self.worker.leads:
-            weights.save(Path(self.worker.out) / "raw.safetensors", state)
+            with store.staging() as folder:
+                weights.save(folder / "raw.safetensors", state)
+                store.upload(folder / "raw.safetensors", store.join(self.worker.out, "raw.safetensors"))
         return finish(self, ema)
 
     return wrapped
@@ -60,10 +65,14 @@ def main() -> None:
     _join()
     for job in json.loads(Path(sys.argv[1]).read_text()):
 
-        def die(uri: str, step: int, at: int | None = job.get("die_at")) -> None:
-            if step == at:
+        def die(
+            uri: str, step: int, at: int | None = job.get("die_at"), kill_at: int | None = job.get("kill_at")
+        ) -> None:
+            if step in (at, kill_at):
                 while not store.exists(store.join(uri, manifest.NAME)):  # a thread of rank 0 writes it
                     time.sleep(0.05)
+                if step == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
                 os._exit(KILLED)
 
         here.work = functools.partial(_with, work, loop.Hooks(on_checkpoint=die))

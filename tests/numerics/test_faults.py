@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,7 @@ def met(faults: Faults) -> str:
         faults.job("broken", 12, inject={"broken_weights_at": 9}),
         faults.job("full", 12, inject={"full_disk": [2, 8]}),
         faults.job("fuller", 30, "faults.failed_checkpoints=2", inject={"full_disk": [2, 30]}),
+        faults.job("preempted", 12, "keep_checkpoints=9", inject={"preempted_from": 7}),
         faults.job("stopped", 12, inject={"terminated_at": 4}),
         faults.job("stopped", 12),
     )
@@ -141,6 +143,11 @@ def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_bit_equal(faults, met):
     assert faults.state("stopped") == faults.state("calm")
 
 
+def test_a_node_that_will_be_taken_back_costs_one_checkpoint(faults, met):
+    assert [name.split("-")[0] for name in faults.checkpoints("preempted")] == [f"{n:09d}" for n in (3, 6, 8, 9, 12)]
+    assert faults.state("preempted") == faults.state("calm")
+
+
 PLACES = (
     "before the upload", "between the ranks", "before the manifest", "in the manifest", "after the manifest", "in the retention",
 )  # fmt: skip
@@ -160,12 +167,17 @@ def test_a_job_killed_while_it_saves_goes_on_from_the_newest_valid_checkpoint(fa
     assert [one.split("-")[0] for one in kept] == ["000000012"], "no orphans after the next clean-up"
 
 
+@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.slow
-def test_a_frozen_rank_is_named_and_the_workers_start_again(faults, met):
-    job = faults.job("frozen", 12, "faults.silent_s=8", "faults.step_timeout_s=60")
-    first = faults.run(job | {"inject": {"frozen_at": 7}}, expect=1)
-    assert "hang: rank 1" in first and "gave no sign of life" in first
-    stacks = list((faults.root / "frozen" / "stacks").glob("*-rank_00000.txt"))
+def test_a_frozen_rank_is_named_and_the_run_goes_on(faults, met, rank):
+    """Rank 0 too, which serves the signs of life."""
+    name = f"frozen-{rank}"
+    job = faults.job(name, 12, "faults.silent_s=8", "faults.step_timeout_s=60")
+    began = time.monotonic()
+    first = faults.run(job | {"inject": {"frozen_at": {"step": 7, "rank": rank}}}, expect=1)
+    print(f"\nrank {rank} frozen: the attempt began and ended within {time.monotonic() - began:.0f} s")
+    assert f"hang: rank {rank}" in first and "at step 7 gave no sign of life" in first
+    stacks = list((faults.root / name / "stacks").glob(f"*-rank_{1 - rank:05d}.txt"))
     assert stacks and "_step" in stacks[0].read_text(), "who waited, and where"
     faults.run(job)
-    assert faults.state("frozen") == faults.state("calm")
+    assert faults.state(name) == faults.state("calm")

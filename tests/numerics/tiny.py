@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -40,8 +42,25 @@ STAGE2 = [
 ]  # fmt: skip
 
 
-def write_pictures(root: Path, split: str, n: int, per_shard: int = 24) -> str:
-    """Shards of the drawn set, written in this process; the data set's URI."""
+def online(inputs: dict[str, str]) -> list[str]:
+    """Stage 2 from pictures, encoded by what wrote the latents."""
+    return [
+        *STAGE2, f"data={inputs['data']}", "online.enabled=true", f"autoencoder_from={inputs['autoencoder']}",
+        f"online.text_encoder={inputs['text_encoder']}", "online.batch_size=16", "online.text_dtype=float32",
+    ]  # fmt: skip
+
+
+def beside(inputs: dict[str, str]) -> dict[str, list[str]]:
+    """Runs of denoisers that see more than their latent."""
+    short = [*online(inputs), "total_samples=24"]
+    return {
+        "inpainting": [*short, "beside.kind=inpainting", "denoiser.in_channels=9"],
+        "larger": [*short, "beside.kind=super_resolution", "beside.factor=8", "denoiser.in_channels=7"],
+    }
+
+
+def write_pictures(root: Path, split: str, n: int, per_shard: int = 24, *, classes: Sequence[str] = ()) -> str:
+    """Shards of the drawn set, written in this process; the data set's URI. With `classes` their shapes are these."""
     folder = root / f"built-{split}"
     folder.mkdir(parents=True)
 
@@ -50,11 +69,12 @@ def write_pictures(root: Path, split: str, n: int, per_shard: int = 24) -> str:
         buffer = io.BytesIO()
         Image.fromarray(synthetic.draw(kind, 0, i, split=split)).save(buffer, "PNG", compress_level=1)
         caption = synthetic.caption(kind)
-        about = json.dumps({"captions": [caption], "width": SIZE, "height": SIZE}).encode()
+        label = {"label": sorted(synthetic.SHAPES).index(kind.shape) % len(classes)} if classes else {}
+        about = json.dumps({"captions": [caption], "width": SIZE, "height": SIZE} | label).encode()
         return shards.Sample(
             key=f"{i:09d}",
             members={"png": buffer.getvalue(), "txt": caption.encode(), "json": about},
-            columns={"width": SIZE, "height": SIZE},
+            columns={"width": SIZE, "height": SIZE} | label,
         )
 
     cuts = range(0, n, per_shard)
@@ -64,7 +84,7 @@ def write_pictures(root: Path, split: str, n: int, per_shard: int = 24) -> str:
     ]
     index.write(made, folder / index.NAME)
     uri = str(root / "data" / split)
-    manifest.publish(folder, uri, kind="dataset")
+    manifest.publish(folder, uri, kind="dataset", meta={"classes": list(classes)} if classes else {})
     return uri
 
 
@@ -82,8 +102,101 @@ def write_text_encoder(uri: str) -> str:
     return uri
 
 
-def write_latents(root: Path, monkeypatch, *, data: str, autoencoder: str, text_source: str) -> str:
-    """The whole precompute job, the stages of its Ray graph one after another in this process."""
+ENCODERS = {
+    "sdxl": [("clip", "clip", 16, {"layer": 2}), ("open_clip", "clip_projection", 16, {"layer": 2})],
+    "sd3": [
+        ("clip", "clip_projection", 16, {"layer": 2}),
+        ("open_clip", "clip_projection", 16, {"layer": 2}),
+        ("t5", "t5", 48, {"max_tokens": 9}),
+    ],
+    "picture": [("eye", "clip_vision", 16, {})],
+    "text_and_picture": [("clip", "clip", 16, {}), ("eye", "clip_vision", 16, {"layer": 2})],
+    "learned": [("words", "tokens", 16, {"max_tokens": 10})],
+}
+"""(name, kind, width, reading) of the encoders that conf/encoders names, as narrow as the tiny denoisers read them."""
+
+
+def write_encoders(root: Path, family: str) -> list[TextEncoderConfig]:
+    """The encoders of a family, random, each in a folder below `root`."""
+    return [
+        TextEncoderConfig(name=name, kind=kind, source=write_encoder(root / name, kind, width, seed=number), **reading)
+        for number, (name, kind, width, reading) in enumerate(ENCODERS[family])
+    ]
+
+
+def listed(one: TextEncoderConfig) -> str:
+    """As `online.text_encoders` lists it on a command line."""
+    about = {"name": one.name, "source": f"'{one.source}'", "kind": one.kind, "layer": one.layer}
+    about["max_tokens"] = one.max_tokens or "null"
+    return (
+        "{" + ", ".join(f"{key}: {value}" for key, value in sorted(about.items(), key=lambda i: i[0] == "layer")) + "}"
+    )
+
+
+def write_encoder(folder: Path, kind: str, width: int, *, seed: int = 0) -> str:
+    """A random encoder of a kind, two layers deep, with the tokenizer that the drawn captions make; its folder."""
+    import transformers
+
+    config = dataclasses.replace(TEXT, width=width, layers=2, seed=seed)
+    tiny_text_encoder.write(folder, [synthetic.caption(one) for one in synthetic.KINDS], config)
+    if kind == "tokens":
+        (folder / "model.safetensors").unlink()
+        (folder / "config.json").unlink()
+    if kind in ("clip", "tokens"):
+        return str(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(100 + seed)
+        model = _RANDOM[kind](transformers, tokenizer, width)
+    model.save_pretrained(folder, safe_serialization=True)
+    if kind == "clip_vision":
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / name).unlink()
+        (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    return str(folder)
+
+
+PREPROCESSOR = {
+    "do_resize": True, "size": {"shortest_edge": 24}, "resample": 3, "do_center_crop": True,
+    "crop_size": {"height": 24, "width": 24}, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+    "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28],
+}  # fmt: skip
+"""As CLIP's, of 24 pixels."""
+
+
+def _clip_vision(transformers, tokenizer, width: int):
+    return transformers.CLIPVisionModelWithProjection(
+        transformers.CLIPVisionConfig(
+            hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2, image_size=24,
+            patch_size=8, projection_dim=width, initializer_factor=10.0,
+        )
+    )  # fmt: skip
+
+
+def _clip_projection(transformers, tokenizer, width: int):
+    return transformers.CLIPTextModelWithProjection(
+        transformers.CLIPTextConfig(
+            vocab_size=tokenizer.vocab_size, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+            num_attention_heads=2, max_position_embeddings=TEXT.max_tokens, projection_dim=width,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, initializer_factor=10.0,
+        )
+    )  # fmt: skip
+
+
+def _t5(transformers, tokenizer, width: int):
+    return transformers.T5EncoderModel(
+        transformers.T5Config(
+            vocab_size=tokenizer.vocab_size, d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=2,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+
+
+_RANDOM = {"clip_projection": _clip_projection, "t5": _t5, "clip_vision": _clip_vision}
+
+
+def write_latents(root: Path, monkeypatch, *, data: str, autoencoder: str, text_source: str = "", **more) -> str:
+    """The whole precompute job, the stages of its Ray graph one after another in this process; `more` are its settings."""
 
     def in_process(config, job, work):
         encoder = Encoder(job)
@@ -100,7 +213,7 @@ def write_latents(root: Path, monkeypatch, *, data: str, autoencoder: str, text_
     precompute.precompute(
         PrecomputeLatents(
             data=data, autoencoder_from=autoencoder, out=out, batch_size=16, text_dtype="float32", device="cpu",
-            text_encoder=TextEncoderConfig(source=text_source),
+            text_encoder=TextEncoderConfig(source=text_source) if text_source else None, **more,
         )
     )  # fmt: skip
     return out

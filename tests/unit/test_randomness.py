@@ -43,6 +43,7 @@ def test_the_purposes_keep_their_numbers():
         "NOISE": 1, "TIMESTEP": 2, "POSTERIOR": 3, "CROP": 4, "FLIP": 5, "CAPTION": 6, "CAPTION_DROPOUT": 7,
         "INITIAL_LATENT": 8, "SAMPLER_NOISE": 9, "ORDER": 10, "SPLIT": 11, "DRAWING": 12, "WEIGHTS": 13,
         "OFFSET_NOISE": 14, "TIMESTEP_SHIFT": 15, "BUCKET_TURNS": 16, "SLOT_TURNS": 17, "TAGS": 18,
+            "ENCODER_DROPOUT": 19, "MASK": 20, "CODEBOOK": 21,
     }  # fmt: skip
 
 

@@ -13,13 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from latentray.checkpoint import denoiser_names
+from latentray.checkpoint.foreign_layout import Described, State, inexpressible, renamed, unread
+from latentray.checkpoint.foreign_layout import told as read_settings
 from latentray.config.denoiser import DenoiserConfig
-from latentray.errors import ArtifactError, ConfigError
+from latentray.errors import ArtifactError
 
-Described = dict[str, Any]
-"""What stands in diffusers' config.json."""
-State = dict[str, Tensor]
-
+_BUILT = "SD 1, SD 2, SDXL, SD 3 and SD 3.5"
 _UNET_FIXED: Described = {
     "act_fn": "silu", "attention_type": "default", "center_input_sample": False, "class_embed_type": None,
     "class_embeddings_concat": False, "conv_in_kernel": 3, "conv_out_kernel": 3, "cross_attention_norm": None,
@@ -44,7 +43,7 @@ def to_diffusers_unet(config: DenoiserConfig, state: Mapping[str, Tensor]) -> tu
 
     Raises ConfigError for a U-Net that diffusers has no settings for, ArtifactError for weights of another network.
     """
-    return _describe_unet(config), _renamed(state, dict(denoiser_names.of_unet(config)))
+    return _describe_unet(config), renamed(state, dict(denoiser_names.of_unet(config)))
 
 
 def from_diffusers_unet(
@@ -58,13 +57,13 @@ def from_diffusers_unet(
     ArtifactError for weights of another network.
     """
     config = _read_unet(described, size_numbers)
-    return config, _renamed(state, {theirs: ours for ours, theirs in denoiser_names.of_unet(config)})
+    return config, renamed(state, {theirs: ours for ours, theirs in denoiser_names.of_unet(config)})
 
 
 def to_diffusers_mmdit(config: DenoiserConfig, state: Mapping[str, Tensor]) -> tuple[Described, State]:
     """Arguments of `diffusers.SD3Transformer2DModel` and its state dict. Raises as `to_diffusers_unet` does."""
     if config.pooled_width is None:
-        raise _inexpressible("denoiser.pooled_width", "an MMDiT without pooled text", "Set it to the encoder's width.")
+        raise inexpressible("denoiser.pooled_width", "an MMDiT without pooled text", "Set it to the encoder's width.")
     described: Described = {
         "sample_size": config.base_grid * config.patch,
         "patch_size": config.patch,
@@ -80,7 +79,7 @@ def to_diffusers_mmdit(config: DenoiserConfig, state: Mapping[str, Tensor]) -> t
         "dual_attention_layers": list(config.dual_attention),
         "qk_norm": "rms_norm" if config.qk_norm else None,
     }
-    out = _renamed(state, dict(denoiser_names.of_mmdit(config)))
+    out = renamed(state, dict(denoiser_names.of_mmdit(config)))
     return described, _reshaped(out, denoiser_names.POSITIONS[1], (1, config.max_grid**2, config.width))
 
 
@@ -92,19 +91,20 @@ def from_diffusers_mmdit(described: Mapping[str, Any], state: Mapping[str, Tenso
         "pooled_projection_dim": 2048, "out_channels": 16, "pos_embed_max_size": 96, "dual_attention_layers": (),
         "qk_norm": None,
     }  # fmt: skip
-    told = _told(known, described)
+    told = read_settings(known, described, of=_BUILT)
     width = told["num_attention_heads"] * told["attention_head_dim"]
     for field, wanted in (("qk_norm", (None, "rms_norm")), ("caption_projection_dim", (width,))):
         if told[field] not in wanted:
-            raise _unread(field, told[field], wanted)
+            raise unread(field, told[field], wanted)
     if not told["pos_embed_max_size"]:
-        raise _unread("pos_embed_max_size", told["pos_embed_max_size"], ("a number of tokens",))
+        raise unread("pos_embed_max_size", told["pos_embed_max_size"], ("a number of tokens",))
     config = DenoiserConfig(
         family="mmdit",
         in_channels=told["in_channels"],
         out_channels=told["out_channels"] or told["in_channels"],
         context_width=told["joint_attention_dim"],
         pooled_width=told["pooled_projection_dim"],
+        combine="sd3",
         heads=told["num_attention_heads"],
         head_dim=told["attention_head_dim"],
         layers=told["num_layers"],
@@ -114,13 +114,13 @@ def from_diffusers_mmdit(described: Mapping[str, Any], state: Mapping[str, Tenso
         qk_norm=told["qk_norm"] is not None,
         dual_attention=list(told["dual_attention_layers"]),
     )
-    out = _renamed(state, {theirs: ours for ours, theirs in denoiser_names.of_mmdit(config)})
+    out = renamed(state, {theirs: ours for ours, theirs in denoiser_names.of_mmdit(config)})
     return config, _reshaped(out, denoiser_names.POSITIONS[0], (config.max_grid, config.max_grid, config.width))
 
 
 def _describe_unet(config: DenoiserConfig) -> Described:
     if config.middle_depth == 0 or (config.depth[-1] and config.middle_depth != config.depth[-1]):
-        raise _inexpressible(
+        raise inexpressible(
             "denoiser.middle_depth",
             "a middle of another depth than the last level",
             "Set it to the last of denoiser.depth.",
@@ -149,7 +149,7 @@ def _describe_unet(config: DenoiserConfig) -> Described:
             "projection_class_embeddings_input_dim": config.pooled_width + config.size_numbers * config.size_width,
         }
     elif config.reads and config.reads != ("labels",):
-        raise _inexpressible(
+        raise inexpressible(
             f"denoiser.{'pooled_width' if config.size_numbers == 0 else 'size_numbers'}",
             "pooled text without size numbers, or these alone",
             "Set pooled_width and size_numbers, or neither.",
@@ -166,7 +166,7 @@ def _read_unet(described: Mapping[str, Any], size_numbers: int | None) -> Denois
         "addition_time_embed_dim": None, "projection_class_embeddings_input_dim": None,
         **_UNET_FIXED,
     } | dict.fromkeys(_UNET_IDLE)  # fmt: skip
-    told = _told(known, described)
+    told = read_settings(known, described, of=_BUILT)
     channels, levels = list(told["block_out_channels"]), len(told["block_out_channels"])
     crosses = [kind == _DOWN[True] for kind in told["down_block_types"]]
     for field, wanted in (
@@ -177,9 +177,9 @@ def _read_unet(described: Mapping[str, Any], size_numbers: int | None) -> Denois
     ):
         value = told[field]
         if (list(value) if isinstance(value, tuple) else value) not in wanted:
-            raise _unread(field, value, wanted)
+            raise unread(field, value, wanted)
     if not isinstance(told["layers_per_block"], int):
-        raise _unread("layers_per_block", told["layers_per_block"], ("one number for all levels",))
+        raise unread("layers_per_block", told["layers_per_block"], ("one number for all levels",))
     layers, heads = (
         _per_level(told, field, levels) for field in ("transformer_layers_per_block", "attention_head_dim")
     )
@@ -211,30 +211,19 @@ def _context_width(given: Any, channels: list[int]) -> int | None:
         return given
     if list(given) == channels:
         return None
-    raise _unread("cross_attention_dim", given, ("one number", channels))
+    raise unread("cross_attention_dim", given, ("one number", channels))
 
 
 def _added(told: Described, size_numbers: int | None) -> dict[str, Any]:
     total, each = told["projection_class_embeddings_input_dim"], told["addition_time_embed_dim"]
     if size_numbers is None:
         size_numbers = 5 if total - 5 * each == _SDXL_POOLED_WIDTH else 6
-    return {"pooled_width": total - size_numbers * each, "size_numbers": size_numbers, "size_width": each}
-
-
-def _renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> State:
-    """The state dict under other names. Raises ArtifactError for a weight that has none."""
-    out: State = {}
-    for key, value in state.items():
-        module, _, kind = key.rpartition(".")
-        if key in names:
-            out[names[key]] = value
-        elif module in names and kind in ("weight", "bias"):
-            out[f"{names[module]}.{kind}"] = value
-        else:
-            raise ArtifactError(
-                "A weight has no place in the architecture.", where=key, mend="Give the configuration it was made with."
-            )
-    return out
+    return {
+        "pooled_width": total - size_numbers * each,
+        "combine": "sdxl" if size_numbers == 6 else "one",
+        "size_numbers": size_numbers,
+        "size_width": each,
+    }
 
 
 def _reshaped(state: State, name: str, shape: tuple[int, ...]) -> State:
@@ -247,29 +236,8 @@ def _reshaped(state: State, name: str, shape: tuple[int, ...]) -> State:
     return state | {name: state[name].reshape(shape)}
 
 
-def _told(known: Described, described: Mapping[str, Any]) -> Described:
-    """diffusers' defaults under what a config.json says. Raises ConfigError for a setting that is not known here."""
-    given = {key: value for key, value in described.items() if not key.startswith("_")}
-    for field in given:
-        if field not in known:
-            raise _unread(field, given[field], ("the settings of SD 1, SD 2, SDXL, SD 3 and SD 3.5",))
-    return known | given
-
-
 def _per_level(told: Described, field: str, levels: int) -> list[int]:
     numbers = [told[field]] * levels if isinstance(told[field], int) else list(told[field])
     if len(numbers) != levels or any(not isinstance(one, int) for one in numbers):
-        raise _unread(field, told[field], ("one number, or one per level",))
+        raise unread(field, told[field], ("one number, or one per level",))
     return numbers
-
-
-def _unread(field: str, value: Any, known: tuple[Any, ...]) -> ConfigError:
-    return ConfigError(
-        f"{field} is {value!r}: latentray does not build that network.",
-        where=field,
-        mend=f"It builds those with {' or '.join(map(str, known))}.",
-    )
-
-
-def _inexpressible(field: str, what: str, mend: str) -> ConfigError:
-    return ConfigError(f"diffusers has no settings for {what}.", where=field, mend=mend)

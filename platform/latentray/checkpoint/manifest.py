@@ -180,11 +180,15 @@ def fetch_file(uri: str | Path, name: str, manifest: Manifest) -> Path:
     where = store.join(uri, name)
     if entry is None:
         raise ArtifactError(f"The manifest lists no file {name!r}.", where=str(uri), mend="Make the artifact again.")
-    path = store.fetch(where, sha256=entry.sha256)
+    missing = DigestMismatch(
+        "A file of the artifact is missing.", where=where, mend="Restore it, or make the artifact again."
+    )
+    try:
+        path = store.fetch(where, sha256=entry.sha256)
+    except InputMissing:
+        raise missing from None
     if not path.exists():
-        raise DigestMismatch(
-            "A file of the artifact is missing.", where=where, mend="Restore it, or make the artifact again."
-        )
+        raise missing
     got = store.sha256_of(path)
     if got != entry.sha256:
         raise DigestMismatch(

@@ -6,11 +6,15 @@ import dataclasses
 
 from latentray.errors import ConfigError
 
+KINDS = ("kl", "vq", "identity")
+
 
 @dataclasses.dataclass(kw_only=True)
 class AutoencoderConfig:
-    """A convolutional KL autoencoder in Stable Diffusion's layout (Rombach et al. 2022)."""
+    """A convolutional autoencoder in Stable Diffusion's layout (Rombach et al. 2022), or none: the identity."""
 
+    kind: str = "kl"
+    """kl (a Gaussian posterior), vq (the nearest vector of a codebook) or identity (pixels are the latents: no weights)."""
     in_channels: int = 3
     """Channels of a picture."""
     latent_channels: int = 4
@@ -26,12 +30,25 @@ class AutoencoderConfig:
     """One self-attention in the middle of encoder and decoder."""
     groups: int = 32
     """Groups of every GroupNorm."""
+    quant_convolutions: bool = True
+    """1x1 convolutions on both sides of the latent, as in SD 1, SD 2 and SDXL; SD 3 has none."""
+    codebook_size: int | None = None
+    """Vectors in the codebook of kind vq; null for the others."""
 
     def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(
+                f"There is no kind of autoencoder {self.kind!r}.",
+                where="autoencoder.kind",
+                mend=f"Known: {', '.join(KINDS)}.",
+            )
         if not self.channels or min(self.channels) < 1:
             raise ConfigError(
                 "An autoencoder needs at least one level.", where="autoencoder.channels", mend="Give [64,128], say."
             )
+        for field in ("in_channels", "latent_channels", "blocks", "patch", "groups"):
+            if getattr(self, field) < 1:
+                raise ConfigError("It must be at least 1.", where=f"autoencoder.{field}", mend="Raise it.")
         for width in self.channels:
             if width % self.groups:
                 raise ConfigError(
@@ -39,12 +56,20 @@ class AutoencoderConfig:
                     where="autoencoder.channels",
                     mend="Choose multiples of autoencoder.groups.",
                 )
-        if self.patch < 1 or self.latent_channels < 1 or self.blocks < 1:
+        if (self.kind == "vq") != (self.codebook_size is not None) or (self.codebook_size or 2) < 2:
             raise ConfigError(
-                "patch, latent_channels and blocks are at least 1.", where="autoencoder", mend="Raise it."
+                f"A codebook of {self.codebook_size} vectors does not go with the kind {self.kind}.",
+                where="autoencoder.codebook_size",
+                mend="Set it to 2 or more with kind=vq (8192, say), and to null with the others.",
+            )
+        if self.kind == "identity" and self.latent_channels != self.in_channels:
+            raise ConfigError(
+                f"The identity makes {self.in_channels} channels of {self.in_channels}, not {self.latent_channels}.",
+                where="autoencoder.latent_channels",
+                mend=f"Set it to {self.in_channels}.",
             )
 
     @property
     def downsampling(self) -> int:
         """Pixels per latent pixel, along each side."""
-        return self.patch * 2 ** (len(self.channels) - 1)
+        return 1 if self.kind == "identity" else self.patch * 2 ** (len(self.channels) - 1)

@@ -33,6 +33,9 @@ class SourceConfig:
     """WebDataset: a table (CSV, JSONL or Parquet) whose captions replace those in the tars; a key may have several rows."""
     join: str = "key"
     """WebDataset: what joins `captions`: a column `key` (as in the tar), `name` (tar/key) or `sha256` (of the picture, hex)."""
+    label: str | None = None
+    """Where class labels are. Table: the column. WebDataset: the key of the `.json`; null is `label`, and a `.cls` beside it is
+    read too. Folder: `folder`, and then each folder directly below `path` is a class, numbered in the order of their names."""
     index_only: bool = False
     """WebDataset: leave the tars where they are, and write only an index of them."""
     n: int = 10200
@@ -67,6 +70,13 @@ class SourceConfig:
                 f"There is no form {self.form!r}.", where="source.form", mend=f"Known: {', '.join(FORMS)}."
             )
         self._check_webdataset()
+
+        if self.name == "folder" and self.label not in (None, "folder"):
+            raise ConfigError(
+                "In a folder, folders are classes.",
+                where="source.label",
+                mend="Set source.label=folder, or leave it out.",
+            )
 
     def _check_webdataset(self) -> None:
         for key in ("index_only", "captions"):

@@ -21,6 +21,8 @@ class ClusterConfig:
     """Number of training workers (kind=ray)."""
     min_workers: int | None = None
     """The fewest that a run goes on with where nodes are missing; null waits for all. All numbers between must divide."""
+    resize_every_s: float = 60.0
+    """With min_workers: how often the cluster is asked for more nodes. To take them in, the workers start again."""
     cpus_per_worker: float = 1
     """CPUs that Ray reserves for each."""
     threads: int | None = None
@@ -45,6 +47,8 @@ class ClusterConfig:
                 where="cluster.min_workers",
                 mend="Set it between 1 and cluster.workers, or to null.",
             )
+        if self.resize_every_s <= 0:
+            raise ConfigError("It must be above 0.", where="cluster.resize_every_s", mend="Set it to 60, say.")
         if self.device not in ("auto", "cuda", "cpu"):
             raise ConfigError(
                 f"There is no device {self.device!r}.", where="cluster.device", mend="Use auto, cuda or cpu."

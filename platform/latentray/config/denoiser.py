@@ -6,21 +6,26 @@ import dataclasses
 
 from latentray.errors import ConfigError
 
-FAMILIES = ("unet", "mmdit")
+FAMILIES = ("unet", "mmdit", "video", "policy")
+COMBINATIONS = ("one", "sdxl", "sd3", "sequence")
 
 
 @dataclasses.dataclass(kw_only=True)
 class DenoiserConfig:
-    """A U-Net in Stable Diffusion's layout (SD 1, SD 2, SDXL), or an MMDiT (SD 3, SD 3.5)."""
+    """A U-Net in Stable Diffusion's layout (SD 1, SD 2, SDXL), one with layers over time, or an MMDiT (SD 3, SD 3.5)."""
 
     family: str = "unet"
-    """unet or mmdit."""
+    """unet, mmdit, video (a U-Net with layers over time) or policy."""
     in_channels: int = 4
     """Channels of the latent that goes in."""
     out_channels: int = 4
     """Channels of the prediction."""
     context_width: int | None = 768
     """Width of the text tokens; null for an unconditional U-Net, whose cross-attention is self-attention then."""
+    combine: str = "one"
+    """What becomes of embeddings by several encoders: `one` reads the first alone; `sdxl` sets two side by side and reads the
+    second's pooled text; `sd3` sets two CLIPs side by side and T5's tokens behind them; `sequence` sets all tokens one behind
+    the other."""
     pooled_width: int | None = None
     """Width of the pooled text embedding that joins the time embedding (SDXL, SD 3); null for none."""
     checkpoint_activations: bool = False
@@ -52,6 +57,25 @@ class DenoiserConfig:
     classes: int | None = None
     """U-Net: class labels 0 ... classes-1 beside the null class, whose number is `classes`; null for none."""
 
+    context_layers: int = 0
+    """U-Net: blocks of a text encoder that is trained with it (the first LDM: 32), over what an encoder of kind tokens gives;
+    0 for none."""
+    context_heads: int = 8
+    """U-Net: its attention heads, 64 wide each; it is context_width wide."""
+    context_tokens: int = 77
+    """U-Net: the most tokens that it reads."""
+    context_vocabulary: int | None = None
+    """U-Net: how many different tokens it knows, at least the tokenizer's."""
+
+    temporal_convolution: bool = True
+    """Video: a convolution over time behind each residual block of the U-Net."""
+    temporal_attention: bool = True
+    """Video: attention over time behind each spatial transformer."""
+    temporal_heads: int | None = None
+    """Video: heads of the attention over time; null for those of the spatial transformer before it."""
+    train_only_temporal: bool = False
+    """Video: keep the image U-Net's own weights as they are; wants denoiser_from."""
+
     layers: int = 24
     """MMDiT: joint transformer blocks."""
     patch: int = 2
@@ -65,17 +89,35 @@ class DenoiserConfig:
     dual_attention: list[int] = dataclasses.field(default_factory=list)
     """MMDiT: blocks with a second self-attention over the picture alone (SD 3.5 medium: the first 13)."""
 
+    action_steps: int = 16
+    """Policy: actions that are predicted together."""
+    observation_steps: int = 2
+    """Policy: latest observations that it is told."""
+    observation_width: int | None = None
+    """Policy: numbers of one observation."""
+    kernel: int = 5
+    """Policy: steps that a convolution spans."""
+
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise ConfigError(
                 f"There is no family {self.family!r}.", where="denoiser.family", mend=f"Known: {', '.join(FAMILIES)}."
             )
+        if self.combine not in COMBINATIONS:
+            raise ConfigError(
+                f"There is no combination {self.combine!r}.",
+                where="denoiser.combine",
+                mend=f"Known: {', '.join(COMBINATIONS)}.",
+            )
         for field in ("in_channels", "out_channels", "context_width", "pooled_width", "heads", "head_dim"):
             self._require_at_least(field, 1)
-        if self.family == "unet":
-            self._check_unet()
-        else:
-            self._check_mmdit()
+        checks = {
+            "unet": self._check_unet,
+            "mmdit": self._check_mmdit,
+            "video": self._check_video,
+            "policy": self._check_policy,
+        }
+        checks[self.family]()
 
     def _check_unet(self) -> None:
         for field, least in (
@@ -120,6 +162,47 @@ class DenoiserConfig:
                     mend="Change heads, head_dim or level_heads.",
                 )
 
+        self._check_context()
+
+    def _check_context(self) -> None:
+        for field, least in (
+            ("context_layers", 0),
+            ("context_heads", 1),
+            ("context_tokens", 1),
+            ("context_vocabulary", 1),
+        ):
+            self._require_at_least(field, least)
+        if not self.context_layers:
+            return
+        for refused, field, what, mend in (
+            (self.context_width is None, "context_width", "A learned text encoder has a width.", "Set it to 640, say."),
+            (self.context_vocabulary is None, "context_vocabulary", "A learned text encoder knows so many tokens.",
+             "Set it to the tokenizer's number."),
+            (self.combine != "one", "combine", "A learned text encoder reads one tokenizer's tokens.", "Set it to one."),
+            (self.pooled_width is not None, "pooled_width", "A learned text encoder gives no pooled text.",
+             "Set it to null."),
+        ):  # fmt: skip
+            if refused:
+                raise ConfigError(what, where=f"denoiser.{field}", mend=mend)
+
+    def _check_video(self) -> None:
+        self._check_unet()
+        self._require_at_least("temporal_heads", 1)
+        transformed = any(self.depth) or self.middle_depth
+        if not self.temporal_convolution and not (self.temporal_attention and transformed):
+            raise ConfigError(
+                "No layer of this video network sees more than one frame.",
+                where="denoiser.temporal_convolution",
+                mend="Set it to true; temporal_attention needs spatial transformers to stand behind (denoiser.depth).",
+            )
+        for width in self.channels if self.temporal_attention else ():
+            if width % (self.temporal_heads or 1) or width % 2:
+                raise ConfigError(
+                    f"{width} channels do not divide into {self.temporal_heads or 2}.",
+                    where="denoiser.temporal_heads" if width % 2 == 0 else "denoiser.channels",
+                    mend="Choose a divisor of every level's channels, which are even.",
+                )
+
     def _check_mmdit(self) -> None:
         for field in ("layers", "patch", "max_grid", "base_grid"):
             self._require_at_least(field, 1)
@@ -155,6 +238,43 @@ class DenoiserConfig:
                 mend="Name blocks there are.",
             )
 
+    def _check_policy(self) -> None:
+        for field in (
+            "blocks",
+            "groups",
+            "channels",
+            "kernel",
+            "action_steps",
+            "observation_steps",
+            "observation_width",
+        ):
+            self._require_at_least(field, 1)
+        for refused, field, what, mend in (
+            (self.in_channels != self.out_channels, "out_channels", "A policy denoises the actions that go in.",
+             "Set it to denoiser.in_channels."),
+            (self.observation_width is None, "observation_width", "A policy is told what is seen.",
+             "Set it to the numbers of one observation."),
+            (not self.channels or self.channels[0] % 2, "channels", f"{self.channels} are no levels of a policy.",
+             "Give [256,512,1024], say, an even number first."),
+            (any(width % self.groups for width in self.channels), "channels",
+             f"Not all of {self.channels} channels divide into {self.groups} groups.",
+             "Choose multiples of denoiser.groups."),
+            (not self.kernel % 2, "kernel", f"A kernel of {self.kernel} has no middle.", "Choose an odd number."),
+            (self.reads_text, "context_width", "A policy reads observations, not text.",
+             "Set context_width and pooled_width to null."),
+            (self.size_numbers or self.classes is not None, "size_numbers" if self.size_numbers else "classes",
+             "A policy takes neither size numbers nor class labels.", "Leave them out, or use family=unet."),
+        ):  # fmt: skip
+            if refused:
+                raise ConfigError(what, where=f"denoiser.{field}", mend=mend)
+        halvings = 2 ** (len(self.channels) - 1)
+        if self.action_steps % halvings:
+            raise ConfigError(
+                f"{self.action_steps} actions cannot be halved {len(self.channels) - 1} times.",
+                where="denoiser.action_steps",
+                mend=f"Choose a multiple of {halvings}.",
+            )
+
     def _require_at_least(self, field: str, least: int) -> None:
         value = getattr(self, field)
         numbers = value if isinstance(value, list) else [] if value is None else [value]
@@ -167,12 +287,17 @@ class DenoiserConfig:
         return (self.heads or 0) * (self.head_dim or 0)
 
     @property
+    def reads_text(self) -> bool:
+        return self.context_width is not None or self.pooled_width is not None
+
+    @property
     def reads(self) -> tuple[str, ...]:
-        """The conditions beside time and text tokens that the network must be given: of pooled, size and labels."""
+        """The conditions beside time and text tokens that the network must be given: of pooled, size, labels, observations."""
         wanted = {
             "pooled": self.pooled_width is not None,
             "size": self.size_numbers > 0,
             "labels": self.classes is not None,
+            "observations": self.observation_width is not None,
         }
         return tuple(name for name, is_read in wanted.items() if is_read)
 

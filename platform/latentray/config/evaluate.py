@@ -6,19 +6,20 @@ import dataclasses
 
 from latentray.errors import ConfigError
 
-SUITES = ("standard", "failures")
+SUITES = ("standard", "failures", "clips", "policy")
 
 
 @dataclasses.dataclass(kw_only=True)
 class Evaluate:
-    """Measure a model folder against a data set's validation pictures."""
+    """Measure a model folder against a data set's validation pictures, or a policy in the built-in environment."""
 
     suite: str = "standard"
-    """standard: the report that promotion reads. failures: the four known failures, each beside its remedy."""
+    """standard: the report that promotion reads. failures: the four known failures, each beside its remedy. clips, policy: that
+    report for a model of clips, for a policy."""
     model: str | None = None
     """The model folder (of stage 2) or a release, a path or URI."""
     data: str | None = None
-    """What build_shards wrote (train/ and validation/ below)."""
+    """What build_shards wrote (train/ and validation/ below); a policy's scenes are built in."""
     out: str | None = None
     """Where the report goes; null is `report` beside the model."""
     samples: int = 1024
@@ -39,14 +40,20 @@ class Evaluate:
     """torch-fidelity's Inception weights file; null trains a small classifier on the data set at hand, once."""
     lpips_weights: str | None = None
     """suite=failures: torchvision's AlexNet state dict for LPIPS; null takes a random backbone, and the card says so."""
+    episodes: int = 100
+    """suite=policy: scenes that the policy is driven through."""
+    executed: int | None = None
+    """suite=policy: actions executed before it is asked again; null takes the model's own."""
+    baseline: str | None = None
+    """suite=policy: another policy, such as one trained with objective=regression, in the same scenes."""
     device: str = "auto"
 
     def __post_init__(self) -> None:
         if self.suite not in SUITES:
             raise ConfigError(f"There is no suite {self.suite!r}.", where="suite", mend=f"Known: {', '.join(SUITES)}.")
-        for key in ("model", "data"):
+        for key in ("model",) if self.suite == "policy" else ("model", "data"):
             if not getattr(self, key):
                 raise ConfigError("This setting is needed.", where=key, mend=f"Add {key}=<path or URI>.")
-        for key in ("samples", "heldout_samples", "per_kind", "per_unseen_kind", "batch_size"):
+        for key in ("samples", "heldout_samples", "per_kind", "per_unseen_kind", "batch_size", "episodes"):
             if getattr(self, key) < 1:
                 raise ConfigError("It must be at least 1.", where=key, mend=f"Raise {key}.")

@@ -7,13 +7,13 @@ import math
 
 from latentray.errors import ConfigError
 
-SCHEDULES = ("linear", "scaled_linear", "cosine", "flow", "ve")
+SCHEDULES = ("linear", "scaled_linear", "cosine", "flow", "ve", "unnoised")
 PREDICTIONS = ("epsilon", "v", "x0", "flow", "edm")
 WEIGHTINGS = ("none", "min_snr", "soft_min_snr")
 TIMESTEP_DRAWS = ("uniform", "logit_normal", "mode", "log_normal")
 TIMESTEP_SPREADS = ("none", "stratified", "sobol")
 _DISCRETE = ("linear", "scaled_linear", "cosine")
-_PREDICTIONS_OF = {"flow": ("flow",), "ve": ("edm", "epsilon", "x0")}
+_PREDICTIONS_OF = {"flow": ("flow",), "ve": ("edm", "epsilon", "x0"), "unnoised": ("x0",)}
 _DRAWS_OF = {"flow": ("uniform", "logit_normal", "mode"), "ve": ("uniform", "log_normal")}
 
 
@@ -22,11 +22,13 @@ class ObjectiveConfig:
     """What the denoiser learns."""
 
     schedule: str = "scaled_linear"
-    """linear, scaled_linear or cosine (discrete, variance-preserving), flow (rectified flow) or ve (variance-exploding)."""
+    """linear, scaled_linear or cosine (discrete, variance-preserving), flow (rectified flow), ve (variance-exploding), or
+    unnoised: regression, as a baseline; the network sees zeros and the conditions alone."""
     zero_terminal_snr: bool = False
     """Rescale a discrete schedule to end in pure noise (Lin et al. 2024); goes with prediction v or x0."""
     prediction: str = "epsilon"
-    """What the network's output is: epsilon, v or x0 for the discrete schedules; flow for flow; edm, epsilon or x0 for ve."""
+    """What the network's output is: epsilon, v or x0 for the discrete schedules; flow for flow; edm, epsilon or x0 for ve; x0
+    for unnoised."""
     timesteps: int = 1000
     """T of the discrete schedules; the range of t for flow."""
     weighting: str = "none"
@@ -53,6 +55,11 @@ class ObjectiveConfig:
     """Standard deviation of the data for ve: 1 for normalised latents."""
     offset_noise: float = 0.0
     """Standard deviation of a constant added to each channel's noise (Guttenberg 2023); 0 for none."""
+    learned_variance: bool = False
+    """The network says how wide each step's noise is besides, in as many channels again (Nichol & Dhariwal 2021); sampler ddpm
+    uses it."""
+    variance_weight: float = 0.001
+    """Weight of the variational bound that learns it."""
 
     def __post_init__(self) -> None:
         for field, known in (
@@ -86,7 +93,9 @@ class ObjectiveConfig:
         if self.weighting != "none" and not discrete:
             raise ConfigError(
                 f"{self.weighting} weighting is not defined for "
-                + ("rectified flow." if self.schedule == "flow" else "the variance-exploding schedule."),
+                + {"flow": "rectified flow.", "ve": "the variance-exploding schedule."}.get(
+                    self.schedule, "regression."
+                ),
                 where="objective.weighting",
                 mend="Set weighting=none.",
             )
@@ -95,6 +104,12 @@ class ObjectiveConfig:
                 "Zero terminal SNR is for discrete schedules without noise prediction: pure noise says nothing of x_0.",
                 where="objective.zero_terminal_snr",
                 mend="Set prediction=v or x0, or zero_terminal_snr=false.",
+            )
+        if self.learned_variance and (not discrete or self.zero_terminal_snr or self.variance_weight <= 0):
+            raise ConfigError(
+                "A variance is learned on discrete schedules that do not end in pure noise, with a weight above 0.",
+                where="objective.learned_variance",
+                mend="Set it to false, or schedule=linear, say.",
             )
         if not -1 <= self.mode_scale <= 2 / (math.pi - 2):
             raise ConfigError(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from latentray.config.feed import CROPS
 from latentray.config.precompute_latents import DTYPES
+from latentray.config.text_encoder import TextEncoderConfig, require_names
 from latentray.errors import ConfigError
 
 
@@ -18,6 +19,8 @@ class OnlineConfig:
     """Stage 2 reads `data`, and encodes it by `autoencoder_from` and the text encoder below."""
     text_encoder: str = "openai/clip-vit-large-patch14"
     """A local folder, an artifact's URI, or a hub id."""
+    text_encoders: list[TextEncoderConfig] = dataclasses.field(default_factory=list)
+    """Instead of that one, several, each under a name of its own, as precompute_latents takes them."""
     batch_size: int = 16
     """The one shape pictures are encoded in, the last batch padded; as stored latents', both are equal bit for bit."""
     latent_dtype: str = "float32"
@@ -39,5 +42,16 @@ class OnlineConfig:
             raise ConfigError(
                 f"There is no crop {self.crop!r}.", where="online.crop", mend=f"Known: {', '.join(CROPS)}."
             )
-        if Path(self.text_encoder).is_dir():  # workers start in folders of their own; a hub id looks like a path
-            self.text_encoder = str(Path(self.text_encoder).absolute())
+        require_names(self.text_encoders, where="online.text_encoders")
+        self.text_encoder = _absolute(self.text_encoder)
+        for one in self.text_encoders:
+            one.source = _absolute(one.source)
+
+    @property
+    def all_text_encoders(self) -> list[TextEncoderConfig]:
+        return self.text_encoders or [TextEncoderConfig(source=self.text_encoder)]
+
+
+def _absolute(source: str) -> str:
+    """Workers start in folders of their own; a hub id looks like a path."""
+    return str(Path(source).absolute()) if Path(source).is_dir() else source

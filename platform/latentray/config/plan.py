@@ -28,6 +28,8 @@ class PlanConfig(Train):
     """Share of the memory that is left free, for fragmentation."""
     text_tokens: int = 77
     """Text tokens of each caption."""
+    clip_frames: int = 16
+    """Frames of each clip, for a video denoiser."""
     gpu_hours_between_failures: float = 50000.0
     """Mean hours of one GPU between failures that end a run: 419 in 54 days on 16,384 of them (Llama team 2024, section
     3.3.4). With instances that are taken away, their lifetime."""
@@ -45,7 +47,7 @@ class PlanConfig(Train):
                 raise ConfigError(
                     f"{key} is {getattr(self, key)}.", where=key, mend=f"Give a share above 0 and at most {most:g}."
                 )
-        for key in ("text_tokens", "gpu_hours_between_failures", "storage_gb_per_s"):
+        for key in ("text_tokens", "clip_frames", "gpu_hours_between_failures", "storage_gb_per_s"):
             if getattr(self, key) <= 0:
                 raise ConfigError("It must be positive.", where=key, mend=f"Raise {key}.")
         if self.price_per_gpu_hour is not None and self.price_per_gpu_hour < 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from latentray.config.feed import DamageConfig
-from latentray.config.text_encoder import TextEncoderConfig
+from latentray.config.text_encoder import TextEncoderConfig, require_names
 from latentray.errors import ConfigError
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -61,7 +61,7 @@ class PrecomputeLatents:
     text_encoder: TextEncoderConfig | None = None
     """What embeds the captions; `~text_encoder` leaves it out, and stores latents alone."""
     text_encoders: list[TextEncoderConfig] = dataclasses.field(default_factory=list)
-    """Further encoders of the same captions, each under a name of its own (SDXL takes two)."""
+    """Instead of that one, several, each under a name of its own; encoders=sdxl or encoders=sd3 names those of a family."""
     data: str | None = None
     """What build_shards wrote (train/ and validation/ below)."""
     autoencoder_from: str | None = None
@@ -123,13 +123,7 @@ class PrecomputeLatents:
                 raise ConfigError(f"{key} takes {', '.join(DTYPES)}.", where=key, mend="Correct it.")
         if len(self.actors) != 2 or not 1 <= self.actors[0] <= self.actors[1]:
             raise ConfigError("actors takes [fewest, most].", where="actors", mend="Set actors=[1,2], say.")
-        names = [one.name for one in self.all_text_encoders]
-        if len(set(names)) < len(names) or any(not name or "." in name for name in names):
-            raise ConfigError(
-                f"The text encoders are called {', '.join(names)}.",
-                where="text_encoders",
-                mend="Give each a name of its own, without a dot.",
-            )
+        require_names(self.all_text_encoders, where="text_encoders")
         for key in ("price_per_hour", "storage_price"):
             if not getattr(self, key) >= 0:
                 raise ConfigError("A price is not negative.", where=key, mend=f"Set {key} to 0 or more.")
@@ -138,5 +132,5 @@ class PrecomputeLatents:
 
     @property
     def all_text_encoders(self) -> list[TextEncoderConfig]:
-        """The first and the further ones; stage 2 takes the first unless told otherwise."""
-        return ([self.text_encoder] if self.text_encoder is not None else []) + list(self.text_encoders)
+        """In the order that a denoiser combines them in."""
+        return self.text_encoders or ([self.text_encoder] if self.text_encoder is not None else [])

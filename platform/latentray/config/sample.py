@@ -9,12 +9,13 @@ import re
 from latentray.config.bounds import check_guidance
 from latentray.errors import ConfigError
 
+OUTPUTS = (".png", ".webp", ".mp4")
 COMPARISONS = ("none", "sampler", "guidance", "steps")
 
 
 @dataclasses.dataclass(kw_only=True)
 class Sample:
-    """Draw pictures from a release or a model folder, in the shell."""
+    """Draw pictures or clips from a release or a model folder, in the shell."""
 
     release: str | None = None
     """A release's or a model's folder, path or URI; with `registry`, an alias or a release id."""
@@ -24,6 +25,12 @@ class Sample:
     """What to draw."""
     prompts: str | None = None
     """Or a text file of prompts, one a line."""
+    episodes: int = 0
+    """Policies, which take no prompt: drive one through so many scenes of the built-in environment, and draw its ways."""
+    like: str | None = None
+    """Models with a vision encoder: a picture to draw variations of; a prompt may be left out then."""
+    label: str | None = None
+    """Models of classes: the class to draw, its number or its name; a prompt may be left out then."""
     negative_prompt: str = ""
     n: int = 4
     """Pictures of each prompt; their seeds are seed, seed + 1, ..."""
@@ -43,19 +50,23 @@ class Sample:
     quantile: float = 0.995
     """Of the dynamic threshold."""
     spacing: str | None = None
-    """Noise levels visited: trailing, leading, linspace, karras, geometric, as the schedule has them; null for its default."""
+    """Noise levels visited: trailing, leading, linspace, karras, geometric, sd3, as the schedule has them; null: its default."""
     eta: float = 0.0
     """Of ddim: share of the ancestral noise."""
     order: int = 2
     """Of unipc."""
     size: str | None = None
     """Width x height in pixels, such as 96x64; null is the model's own."""
+    frames: int | None = None
+    """Of each clip, for models of clips; null is the model's own."""
     resolution_shift: bool = False
     """Rectified flow: shift the noise levels for a size other than the trained one."""
     picture: str | None = None
     """A picture to start from."""
     strength: float = 0.7
     """How much of it may change, with a picture and no mask."""
+    small: str | None = None
+    """Super-resolution models: the picture to make larger."""
     mask: str | None = None
     """A picture whose light part is painted anew; the rest stays as it is."""
     refiner: str | None = None
@@ -67,13 +78,20 @@ class Sample:
     """The guidance scales or step counts of the sheet; empty for usual ones."""
     batch_size: int = 16
     out: str = "samples.png"
-    """The PNG to write; its text chunks say how it was drawn."""
+    """The file to write; it says how it was drawn. Pictures: a PNG. Clips: an animated sheet, .png, .webp, or .mp4 where
+    PyAV has an encoder for it."""
     device: str = "auto"
+    offload: bool = False
+    """Less memory, more time: each part of the model is on the device for its turn alone, and pictures are decoded in strips."""
 
     def __post_init__(self) -> None:
         if not self.release:
             raise ConfigError("A release is needed.", where="release", mend="Add release=<folder, URI or alias>.")
-        if (self.prompt is None) == (self.prompts is None):
+        if self.episodes < 0:
+            raise ConfigError(f"{self.episodes} episodes.", where="episodes", mend="Choose 1 or more.")
+        if (self.label is not None or self.like is not None) and self.prompts is None:
+            self.prompt = self.prompt or ""
+        if (self.prompt is None) == (self.prompts is None) and not self.episodes:
             raise ConfigError(
                 "Either a prompt or a file of prompts is needed.", where="prompt", mend="Add prompt='...'."
             )
@@ -111,8 +129,12 @@ class Sample:
             )
         if self.compare == "steps" and any(v != int(v) for v in self.compare_values):
             raise ConfigError("Step counts are whole numbers.", where="compare_values", mend="Write them so.")
-        if not self.out.endswith(".png"):
-            raise ConfigError(f"{self.out} is no PNG.", where="out", mend="End it in .png.")
+        if self.frames is not None and self.frames < 1:
+            raise ConfigError(f"A clip of {self.frames} frames.", where="frames", mend="Choose 1 or more.")
+        if not self.out.endswith(OUTPUTS):
+            raise ConfigError(
+                f"{self.out} is neither a picture nor a clip.", where="out", mend=f"End it in {', '.join(OUTPUTS)}."
+            )
 
     @property
     def interval(self) -> tuple[float, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from latentray.config.autoencoder import AutoencoderConfig
+from latentray.config.beside import BesideConfig
 from latentray.config.cluster import ClusterConfig
 from latentray.config.deepspeed import DeepSpeedConfig
 from latentray.config.denoiser import DenoiserConfig
@@ -13,6 +14,7 @@ from latentray.config.feed import CROPS, BucketsConfig, DamageConfig, FetchConfi
 from latentray.config.objective import ObjectiveConfig
 from latentray.config.online import OnlineConfig
 from latentray.config.optimizer import OptimizerConfig
+from latentray.config.policy import PolicyConfig
 from latentray.config.tracking import TrackingConfig
 from latentray.errors import ConfigError
 
@@ -21,6 +23,7 @@ PRECISIONS = ("fp32", "bf16", "autocast")
 LATENTS = ("mean", "draw")
 RECONSTRUCTIONS = ("l1", "l2")
 LPIPS_NETS = ("vgg", "alex")
+TRAINED = ("all", "decoder")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -72,6 +75,27 @@ class DiscriminatorConfig:
 
 
 @dataclasses.dataclass(kw_only=True)
+class CodebookConfig:
+    """How a VQ autoencoder learns its codebook: as a moving average of what the encoder gives."""
+
+    commitment: float = 0.25
+    """Weight of the squared distance that draws the encoder's output to its vectors."""
+    decay: float = 0.99
+    """A vector keeps this share of its past at each step."""
+    restart_below: float = 0.05
+    """A vector that gets less than this share of an even share of the pixels starts anew at one of the encoder's outputs."""
+
+    def __post_init__(self) -> None:
+        for key in ("decay", "restart_below"):
+            if not 0 < getattr(self, key) < 1:
+                raise ConfigError(
+                    "It lies outside 0 ... 1.", where=f"stage.codebook.{key}", mend="Leave it out for the default."
+                )
+        if self.commitment < 0:
+            raise ConfigError("It is negative.", where="stage.codebook.commitment", mend="Set it to 0.25, say.")
+
+
+@dataclasses.dataclass(kw_only=True)
 class StageConfig:
     """Which stage, and what belongs to it alone."""
 
@@ -81,27 +105,38 @@ class StageConfig:
     """Stage 1: l1 or l2."""
     kl_weight: float = 1e-6
     """Stage 1: weight of the KL term, per sample, summed over the latent."""
+    codebook: CodebookConfig = dataclasses.field(default_factory=CodebookConfig)
+    train_only: str = "all"
+    """Stage 1: all, or decoder: the encoder of autoencoder_from stays as it is, and so do latents that it made."""
     lpips: LpipsConfig = dataclasses.field(default_factory=LpipsConfig)
     discriminator: DiscriminatorConfig = dataclasses.field(default_factory=DiscriminatorConfig)
     latent: str = "mean"
     """Stage 2: take the posterior's mean, or draw from it."""
     caption_dropout: float = 0.1
     """Stage 2: share of samples trained on the empty caption, for classifier-free guidance."""
+    encoder_dropout: float = 0.0
+    """Stage 2: share of samples in which a text encoder, each by itself, embeds the empty caption besides (SD 3: 0.464)."""
     sampler: str = "dpmpp_2m"
     """Stage 2: default sampler of the model; also draws the grids logged during training."""
     sampling_steps: int = 30
     guidance_scale: float = 5.0
 
     def __post_init__(self) -> None:
-        for key, known in (("name", STAGES), ("reconstruction", RECONSTRUCTIONS), ("latent", LATENTS)):
+        for key, known in (
+            ("name", STAGES),
+            ("reconstruction", RECONSTRUCTIONS),
+            ("latent", LATENTS),
+            ("train_only", TRAINED),
+        ):
             if getattr(self, key) not in known:
                 raise ConfigError(
                     f"There is no {key} {getattr(self, key)!r}.",
                     where=f"stage.{key}",
                     mend=f"Known: {', '.join(known)}.",
                 )
-        if not 0 <= self.caption_dropout < 1:
-            raise ConfigError("It lies outside 0 ... 1.", where="stage.caption_dropout", mend="Set it to 0.1, say.")
+        for key in ("caption_dropout", "encoder_dropout"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ConfigError("It lies outside 0 ... 1.", where=f"stage.{key}", mend="Set it to 0.1, say.")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -125,12 +160,18 @@ class Train:
     cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
     tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
     data: str | None = None
-    """Stage 1, and stage 2 with online.enabled: what build_shards wrote (with train/ and validation/ below)."""
+    """Stage 1, stage 2 with online.enabled, and policies: what build_shards wrote (with train/ and validation/ below)."""
     latents: str | None = None
     """Stage 2: the folder or URI that precompute_latents wrote (with train/ and validation/ below)."""
     autoencoder_from: str | None = None
-    """Stage 2: the autoencoder's artifact; null takes the one the latents name. Its fingerprint must be the latents'."""
+    """Stage 1: an artifact whose weights it begins with. Stage 2: the autoencoder's artifact, or `identity` for pixels; null
+    takes the one the latents name. Its fingerprint must be the latents'."""
+    denoiser_from: str | None = None
+    """Stage 2: the model folder whose denoiser this one goes on from, an image model's for a video denoiser too; null
+    begins afresh."""
     online: OnlineConfig = dataclasses.field(default_factory=OnlineConfig)
+    policy: PolicyConfig = dataclasses.field(default_factory=PolicyConfig)
+    beside: BesideConfig = dataclasses.field(default_factory=BesideConfig)
     mixture: MixtureConfig = dataclasses.field(default_factory=MixtureConfig)
     buckets: BucketsConfig = dataclasses.field(default_factory=BucketsConfig)
     order: OrderConfig = dataclasses.field(default_factory=OrderConfig)
@@ -195,6 +236,12 @@ class Train:
             raise ConfigError(f"There is no crop {self.crop!r}.", where="crop", mend=f"Known: {', '.join(CROPS)}.")
         if self.online.enabled:
             self._check_online()
+        elif self.beside.kind != "none":
+            raise ConfigError(
+                "Masked and small pictures are made while pictures are trained on.",
+                where="beside.kind",
+                mend="Add stage=diffusion online.enabled=true data=<pictures>, or set it to none.",
+            )
         if self.buckets.sizes:
             self._check_buckets()
         if self.order.streams and self.global_batch_size % self.order.streams:
@@ -203,6 +250,9 @@ class Train:
                 where="order.streams",
                 mend="Use a divisor of global_batch_size, or null for one stream per slot.",
             )
+        self._check_denoiser_from()
+        if self.reads_episodes:
+            self._check_policy()
         if self.mixture.of and (self.data or self.latents):
             raise ConfigError(
                 "A mixture names the data sets itself.", where="mixture.of", mend="Leave out data= or latents=."
@@ -222,10 +272,39 @@ class Train:
         if self.cluster.kind == "ray":
             self.require_divisible(self.cluster.workers)
 
+    def _check_denoiser_from(self) -> None:
+        if self.denoiser_from is not None and self.stage.name != "diffusion":
+            raise ConfigError("Stage 1 has no denoiser.", where="denoiser_from", mend="Leave it out.")
+        frozen = self.stage.name == "diffusion" and self.denoiser.train_only_temporal
+        if frozen and self.denoiser.family == "video" and self.denoiser_from is None:
+            raise ConfigError(
+                "Layers that are not trained must come from somewhere.",
+                where="denoiser_from",
+                mend="Give an image model's folder, or set denoiser.train_only_temporal=false.",
+            )
+
+    def _check_policy(self) -> None:
+        for refused, where, what, mend in (
+            (self.latents is not None, "latents", "A policy learns from episodes.", "Give them with data=."),
+            (self.online.enabled, "online.enabled", "Episodes are read as they are.", "Leave it out."),
+            (self.objective.offset_noise > 0, "objective.offset_noise", "Actions have no brightness.", "Set it to 0."),
+            (self.policy.executed > self.denoiser.action_steps, "policy.executed",
+             f"Of {self.denoiser.action_steps} actions {self.policy.executed} cannot be executed.",
+             "Lower it, or raise denoiser.action_steps."),
+        ):  # fmt: skip
+            if refused:
+                raise ConfigError(what, where=where, mend=mend)
+
     def _check_online(self) -> None:
         if self.stage.name != "diffusion":
             raise ConfigError(
                 "Stage 1 reads pictures by itself.", where="online.enabled", mend="Set it with stage=diffusion only."
+            )
+        if self.denoiser.family == "video":
+            raise ConfigError(
+                "Pictures have no frames, and a video denoiser learns from clips.",
+                where="online.enabled",
+                mend="Precompute latents of clips, and give them with latents=.",
             )
         if self.latents:
             raise ConfigError(
@@ -281,8 +360,13 @@ class Train:
         return self.stage.name == "autoencoder" or self.online.enabled
 
     @property
-    def steps(self) -> int:
-        return self.total_samples // self.global_batch_size
+    def reads_episodes(self) -> bool:
+        """Whether they are of episodes: a policy's."""
+        return self.stage.name == "diffusion" and self.denoiser.family == "policy"
+
+    @property
+    def reads_latents(self) -> bool:
+        return not (self.reads_pictures or self.reads_episodes)
 
     def micro_and_accumulation(self, world: int) -> tuple[int, int]:
         """Samples per micro-batch and micro-batches per step of one worker: micro * accumulation * world = global."""

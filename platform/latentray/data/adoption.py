@@ -22,7 +22,7 @@ from latentray.data.survey import Survey
 from latentray.errors import EnvironmentRefused
 
 COLUMNS = ("key", "offset", "length", "crc32c", "sha256", "width", "height")
-"""Of an adopted data set's index."""
+"""Of an adopted data set's index, beside `label` where some samples have one."""
 
 
 def default_out(config: BuildShards) -> str:
@@ -39,7 +39,8 @@ def adopt(taken: Taken, surveys: Sequence[Survey], parts: Sequence[Part], split:
     """A split's index: of each tar that has samples in it, their rows, and where the tar is."""
     rows = taken.rows_of(split)
     part_N = taken.column("part")[rows]
-    table = taken.table.select(COLUMNS)
+    labelled = taken.table["label"].null_count < len(taken.table)
+    table = taken.table.select([*COLUMNS, *(["label"] if labelled else [])])
     results = []
     for survey in surveys:
         held = rows[slice(*np.searchsorted(part_N, [survey.part, survey.part + 1]))]

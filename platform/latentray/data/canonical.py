@@ -7,18 +7,18 @@ encoded while stage 2 trains.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from latentray.conditioning.text import TextEncoder
+from latentray.conditioning.encoders import CaptionEncoder, ImageEncoder, prefix
 from latentray.errors import DataError
 from latentray.models.autoencoder import KLAutoencoder, Posterior
 from latentray.records import TextEmbedding
 
 CAPTIONS_AT_ONCE = 16
-"""The one shape captions are embedded in."""
+"""The one shape captions, and pictures for vision encoders, are embedded in."""
 _CACHED_TEXT_BYTES = 256 << 20
 
 
@@ -57,8 +57,9 @@ def encode(
 class CaptionEmbedder:
     """A text encoder that remembers what it embedded: captions repeat, from epoch to epoch and in small vocabularies."""
 
-    def __init__(self, encoder: TextEncoder, dtype: torch.dtype, *, cached_bytes: int = _CACHED_TEXT_BYTES) -> None:
+    def __init__(self, encoder: CaptionEncoder, dtype: torch.dtype, *, cached_bytes: int = _CACHED_TEXT_BYTES) -> None:
         self.encoder, self.dtype = encoder, dtype
+        self.record = prefix(encoder.reading.kind, encoder.name)
         self._most = max(cached_bytes // (encoder.max_tokens * encoder.width * dtype.itemsize), 1)
         self._known: collections.OrderedDict[str, TextEmbedding] = collections.OrderedDict()
 
@@ -72,20 +73,30 @@ class CaptionEmbedder:
             self._known.move_to_end(caption)
         while len(self._known) > self._most:
             self._known.popitem(last=False)
-        return _joined(rows)
+        return TextEmbedding.joined(rows)
 
     def _remember(self, captions: list[str]) -> None:
         padding = [""] * (CAPTIONS_AT_ONCE - len(captions))
         found = self.encoder.embed([*captions, *padding]).to(self.dtype)
         for i, caption in enumerate(captions):
             row = found.rows(slice(i, i + 1))
-            self._known[caption] = _joined([row])  # a copy: a view would keep its neighbours
+            self._known[caption] = TextEmbedding.joined([row])  # a copy: a view would keep its neighbours
 
 
-def _joined(rows: Iterable[TextEmbedding]) -> TextEmbedding:
-    rows = list(rows)
-    return TextEmbedding(
-        tokens_BLD=torch.cat([row.tokens_BLD for row in rows]),
-        mask_BL=torch.cat([row.mask_BL for row in rows]),
-        pooled_BD=torch.cat([row.pooled_BD for row in rows]),
-    )
+class PictureEmbedder:
+    """A vision encoder, always shown the same number of pictures."""
+
+    def __init__(self, encoder: ImageEncoder, dtype: torch.dtype) -> None:
+        self.encoder, self.dtype = encoder, dtype
+        self.record = prefix(encoder.reading.kind, encoder.name)
+
+    def embed(self, views_BHWC: Tensor) -> TextEmbedding:
+        """A row for each view, uint8 (B, height, width, 3), on the CPU, rounded to `dtype`."""
+        parts = []
+        for some in views_BHWC.split(CAPTIONS_AT_ONCE):
+            whole = some
+            if len(some) < CAPTIONS_AT_ONCE:
+                whole = some.new_zeros(CAPTIONS_AT_ONCE, *some.shape[1:])
+                whole[: len(some)] = some
+            parts.append(self.encoder.embed(whole).rows(slice(len(some))))
+        return TextEmbedding.joined(parts).to(self.dtype)

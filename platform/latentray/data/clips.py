@@ -12,7 +12,6 @@ import io
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from fractions import Fraction
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +19,7 @@ import safetensors.numpy
 
 from latentray.data import members, shards
 from latentray.errors import ConfigError, DataError, SampleRejected
+from latentray.reporting import animations
 
 VIDEO_MEMBER = "mp4"
 """Holds any of the containers below: the content decides, not the name."""
@@ -29,8 +29,6 @@ _EPSILON = 1e-6
 """Seconds: what times may differ by rounding, between a container's ticks and k / fps."""
 
 _CODECS = "h264,hevc,av1,libdav1d,vp8,vp9,libvpx,libvpx-vp9,mpeg4"
-_ENCODERS = ("libx264", "mpeg4")
-"""In order of preference; a build of FFmpeg may lack the first."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -416,29 +414,9 @@ def encode_frames(frames_THWC: np.ndarray) -> bytes:
 
 
 def encode_mp4(frames_THWC: np.ndarray, fps: float, *, key_interval: int = 12, quality: int = 12) -> bytes:
-    """The `.mp4` member of a clip: H.264, or MPEG-4 part 2 where FFmpeg has no encoder for it. It is lossy.
-
-    Args:
-        key_interval: frames between key frames; a window is decoded from the one before it.
-        quality: H.264's constant rate factor, 0 (best) to 51.
-    """
-    import av
-
+    """The `.mp4` member of a clip, as `animations.encode_mp4` makes it."""
     _require_frames(frames_THWC)
-    height, width = frames_THWC.shape[1:3]
-    codec = next(name for name in _ENCODERS if name in av.codecs_available)
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        stream: Any = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
-        stream.width, stream.height = width, height
-        stream.pix_fmt = "yuv444p" if codec == "libx264" and (height % 2 or width % 2) else "yuv420p"
-        stream.gop_size = key_interval
-        stream.codec_context.thread_count = 1  # equal bytes on every machine
-        stream.options = {"crf": str(quality), "sc_threshold": "0"} if codec == "libx264" else {"qscale": "2"}
-        for frame in frames_THWC:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-        container.mux(stream.encode(None))
-    return buffer.getvalue()
+    return animations.encode_mp4(frames_THWC, fps, key_interval=key_interval, quality=quality)
 
 
 FORMS: dict[str, tuple[str, Callable[[np.ndarray, float], bytes]]] = {

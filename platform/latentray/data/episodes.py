@@ -17,16 +17,13 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 
+from latentray.conditioning.observations import ACTIONS, OBS, Range
 from latentray.data import shards
 from latentray.data.lines import Ints
 from latentray.errors import ConfigError, DataError, SampleRejected
 
 EPISODE_MEMBER = "episode.safetensors"
-ACTIONS = "actions"
-OBS = "obs."
 _OBS_DTYPES = ("float32", "uint8")
-_NOISE = 1e-6
-"""A range this small, relative to its values, is rounding: stretching it to [-1, 1] would show noise to the network."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,46 +210,6 @@ class WindowSet:
     def position(self, episode: npt.ArrayLike, start: npt.ArrayLike) -> Ints:
         """The inverse of `locate`."""
         return self._first[np.asarray(episode, np.int64)] + np.asarray(start, np.int64) - self.horizon.first
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Range:
-    """Least and greatest value of each dimension, (D,) float32: it maps onto [-1, 1]."""
-
-    low: np.ndarray
-    high: np.ndarray
-
-    @classmethod
-    def of(cls, values_TD: np.ndarray) -> Range:
-        return cls(low=values_TD.min(axis=0), high=values_TD.max(axis=0))
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Range:
-        return cls(low=np.array(value["low"], np.float32), high=np.array(value["high"], np.float32))
-
-    def to_json(self) -> dict[str, list[float]]:
-        """Plain numbers, without loss."""
-        return {"low": self.low.tolist(), "high": self.high.tolist()}
-
-    def merged(self, other: Range) -> Range:
-        """Of both together: exact, so parts may be merged in any order."""
-        return Range(low=np.minimum(self.low, other.low), high=np.maximum(self.high, other.high))
-
-    def normalised(self, values: np.ndarray) -> np.ndarray:
-        """2 (x - low) / (high - low) - 1, float32 (..., D); a constant dimension becomes x - middle, which is 0."""
-        middle, half = self._middle_and_half()
-        return ((np.asarray(values, np.float64) - middle) / half).astype(np.float32)
-
-    def restored(self, values: np.ndarray) -> np.ndarray:
-        """The inverse of `normalised`."""
-        middle, half = self._middle_and_half()
-        return (np.asarray(values, np.float64) * half + middle).astype(np.float32)
-
-    def _middle_and_half(self) -> tuple[np.ndarray, np.ndarray]:
-        low, high = self.low.astype(np.float64), self.high.astype(np.float64)
-        half = (high - low) / 2
-        constant = half <= _NOISE * np.maximum(np.abs(low), np.abs(high))
-        return (low + high) / 2, np.where(constant, 1.0, half)
 
 
 def ranges(episodes: Iterable[Episode]) -> dict[str, Range]:

@@ -29,6 +29,9 @@ PLACE = frozenset(_PLACE)
 """The columns that say where a sample is."""
 _TYPES = _PLACE | {"sha256": pa.binary(32), "width": pa.int32(), "height": pa.int32()}
 _TYPES |= {"frames": pa.int32(), "fps": pa.float64(), "steps": pa.int32()}
+_TYPES |= {"label": pa.int32()}
+_UNKNOWN = {"label": -1}
+"""Columns that a sample may lack, and what then stands there; a shard in which all lack it has no such column."""
 _TYPES |= dict.fromkeys(("original_height", "original_width", "crop_top", "crop_left"), pa.int32())
 
 
@@ -55,7 +58,8 @@ class ShardResult:
     @classmethod
     def of(cls, entry: ShardEntry, rows: Sequence[dict[str, Any]]) -> ShardResult:
         """Rows of equal keys: `key`, `offset`, `length`, `crc32c` and the maker's own columns."""
-        names = [*_PLACE, *(name for name in (rows[0] if rows else {}) if name not in _PLACE)]
+        own = [name for name in (rows[0] if rows else {}) if name not in _PLACE]
+        names = [*_PLACE, *(n for n in own if n not in _UNKNOWN or any(row[n] is not None for row in rows))]
         columns = {name: pa.array([row[name] for row in rows], _TYPES.get(name)) for name in names}
         return cls(entry=entry, table=pa.table(columns))
 
@@ -90,6 +94,9 @@ def write(results: Sequence[ShardResult], path: Path) -> None:
     entries = json.dumps([dataclasses.asdict(r.entry) for r in results], sort_keys=True)
     tables = [r.table for r in results]
     table = pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({}, pa.schema({}))
+    for name in _UNKNOWN.keys() & set(table.column_names):
+        filled = table[name].fill_null(_UNKNOWN[name])
+        table = table.set_column(table.column_names.index(name), name, filled)
     table = table.replace_schema_metadata({_SHARDS_KEY: entries.encode(), _VERSION_KEY: str(VERSION).encode()})
     with pa.ipc.new_file(path, table.schema) as writer:
         for batch in table.combine_chunks().to_batches():

@@ -12,29 +12,29 @@ import safetensors.torch
 import torch
 
 from latentray.data.latent_reader import LatentReader, Rows
-from latentray.data.latents import CONDITIONS
 from latentray.data.pipeline import OrderedSource, Part, Sample, common, parts_of, places, usable
 from latentray.data.read_ahead import ahead
+from latentray.data.sample_facts import SampleFacts
 from latentray.data.shards import IndexedShards
 from latentray.errors import DataError
 from latentray.randomness import Purpose, keys_of, uniform
-from latentray.records import LATENT_MEMBER, LatentBatch, SampleId, TextEmbedding, Traffic
+from latentray.records import LATENT_MEMBER, Conditions, LatentBatch, SampleId, TextEmbedding, Traffic
 
 
-def latent_batches(source: OrderedSource, *, encoder: str | None = None, workers: int = 0) -> Iterator[LatentBatch]:
+def latent_batches(source: OrderedSource, *, encoders: Sequence[str] = (), workers: int = 0) -> Iterator[LatentBatch]:
     """One LatentBatch per step of the source, with its rank's slice; text in the type it is stored in.
 
-    Of a sample's captions one is drawn. Local shards are read by a LatentReader, a batch at a time; remote ones stream
-    through the WebDataset pipeline. Without loader processes a thread of this one reads a batch ahead.
+    Of a sample's captions one is drawn, for all encoders alike. Local shards are read by a LatentReader, a batch at a time;
+    remote ones stream through the WebDataset pipeline. Without loader processes a thread of this one reads a batch ahead.
 
     Args:
-        encoder: name of the text encoder, where the latents hold more than one.
+        encoders: names of the text encoders whose embeddings are wanted.
         workers: loader processes for remote shards; 0 reads in this one.
 
     Raises as `picture_batches`.
     """
     sets, order = source.sets, source.order
-    batch_of = functools.partial(_batch, Template(sets), _Sizes(sets), encoder=encoder, seed=order.seed)
+    batch_of = functools.partial(_batch, Template(sets), SampleFacts(sets), encoders=encoders, seed=order.seed)
     if source.is_local:
         yield from ahead(_read(source, batch_of))
         return
@@ -59,37 +59,22 @@ def _read(
         yield batch_of(rows, common([{"ids": step.ids, "damaged": found, "traffic": Traffic()}]))
 
 
-class _Sizes:
-    """What SDXL is told of each sample, from the indexes: no member is read for it."""
-
-    def __init__(self, sets: Sequence[IndexedShards]) -> None:
-        names = (*CONDITIONS, "height", "width")
-        self._columns: list[list[np.ndarray]] = []
-        if all(set(names) <= set(one.columns) for one in sets):
-            self._columns = [[one.index.numbers(name) for name in names] for one in sets]
-
-    def of(self, ids: Sequence[SampleId]) -> torch.Tensor | None:
-        """(B, 6) float32, or None where an index does not say it."""
-        if not self._columns:
-            return None
-        of, at = np.array([(one.dataset, one.index) for one in ids], np.int64).T
-        told = np.empty((len(ids), 6), np.float32)
-        for number, columns in enumerate(self._columns):
-            mine = of == number
-            told[mine] = np.stack([column[at[mine]] for column in columns], axis=1)
-        return torch.from_numpy(told)
-
-
 def _batch(
-    template: Template, sizes: _Sizes, rows: list[Rows], common: dict[str, Any], *, encoder: str | None, seed: int
+    template: Template,
+    told: SampleFacts,
+    rows: list[Rows],
+    common: dict[str, Any],
+    *,
+    encoders: Sequence[str],
+    seed: int,
 ) -> LatentBatch:
     """Records of any layouts as one batch; a sample that is whole stands at the places of the damaged."""
     ids = common["ids"]
-    drawn = [Rows(places=one.places, tensors=_drawn(one, ids, encoder, seed)) for one in rows]
+    drawn = [Rows(places=one.places, tensors=_drawn(one, ids, encoders, seed)) for one in rows]
     if len(drawn) == 1 and drawn[0].places == list(range(len(ids))):
         tensors = drawn[0].tensors
     else:
-        whole = drawn[0] if drawn else Rows(places=[0], tensors=_drawn(template.like(ids[0]), ids[:1], encoder, seed))
+        whole = drawn[0] if drawn else Rows(places=[0], tensors=_drawn(template.like(ids[0]), ids[:1], encoders, seed))
         tensors = {name: t[:1].repeat(len(ids), *[1] * (t.ndim - 1)) for name, t in whole.tensors.items()}
         for one in drawn:
             for name, values in one.tensors.items():
@@ -97,25 +82,41 @@ def _batch(
     return LatentBatch(
         mean_BChw=tensors["mean"].float(),
         logvar_BChw=tensors["logvar"].float(),
-        text=TextEmbedding(tokens_BLD=tensors["tokens"], mask_BL=tensors["mask"].bool(), pooled_BD=tensors["pooled"]),
-        size_B6=sizes.of(ids),
+        given=Conditions(
+            texts=tuple(_text(tensors, name) for name in encoders),
+            size_B6=told.sizes(ids),
+            labels_B=told.labels(ids),
+        ),
         **common,
     )
 
 
-def _drawn(rows: Rows, ids: list[SampleId], encoder: str | None, seed: int) -> dict[str, torch.Tensor]:
-    """mean, logvar (n, C, h, w) and, of one caption each, tokens (n, L, D), mask (n, L), pooled (n, D)."""
-    prefix = f"text.{encoder or _only_encoder(rows.tensors)}"
+def _text(tensors: Mapping[str, torch.Tensor], encoder: str) -> TextEmbedding:
+    tokens, mask, pooled = (tensors[name] for name in _members(tensors, encoder))
+    return TextEmbedding(tokens_BLD=tokens, mask_BL=mask.bool(), pooled_BD=pooled)
+
+
+def _members(tensors: Mapping[str, torch.Tensor], encoder: str) -> tuple[str, str, str]:
+    kind = "image" if f"image.{encoder}.tokens" in tensors else "text"
+    return f"{kind}.{encoder}.tokens", f"{kind}.{encoder}.mask", f"{kind}.{encoder}.pooled"
+
+
+def _drawn(rows: Rows, ids: list[SampleId], encoders: Sequence[str], seed: int) -> dict[str, torch.Tensor]:
+    """mean, logvar (n, C, h, w) and, by each encoder of one caption each, tokens (n, L, D), mask (n, L), pooled (n, D)."""
+    wanted = [name for encoder in encoders for name in _members(rows.tensors, encoder)]
+    seen = [name for name in wanted if name.startswith("image.")]
     try:
-        text = {name: rows.tensors[f"{prefix}.{name}"] for name in ("tokens", "mask", "pooled")}
-        latent = {name: rows.tensors[name] for name in ("mean", "logvar")}
+        latent = {name: rows.tensors[name] for name in ("mean", "logvar", *seen)}
+        texts = {name: rows.tensors[name] for name in wanted if name not in seen}
     except KeyError as error:
         raise DataError(f"The latent record has no {error}.", mend="Precompute the latents again.") from None
-    captions = text["tokens"].shape[1]
+    if not texts:
+        return latent
+    captions = next(iter(texts.values())).shape[1]
     if captions == 1:
-        return latent | {name: values[:, 0] for name, values in text.items()}
+        return latent | {name: values[:, 0] for name, values in texts.items()}
     chosen = _choices(seed, [ids[place] for place in rows.places], [captions] * len(rows.places))
-    return latent | {name: values[torch.arange(len(chosen)), chosen] for name, values in text.items()}
+    return latent | {name: values[torch.arange(len(chosen)), chosen] for name, values in texts.items()}
 
 
 class Template:
@@ -168,15 +169,6 @@ def _record(sample: Sample) -> dict[str, torch.Tensor]:
             mend="Give precomputed latents.",
         )
     return sample[LATENT_MEMBER]
-
-
-def _only_encoder(record: Mapping[str, torch.Tensor]) -> str:
-    names = sorted(n.removeprefix("text.").removesuffix(".tokens") for n in record if n.endswith(".tokens"))
-    if len(names) != 1:
-        raise DataError(
-            f"The latents hold {len(names)} text encoders: {', '.join(names) or 'none'}.", mend="Name the one to use."
-        )
-    return names[0]
 
 
 def _choices(seed: int, ids: list[SampleId], counts: Iterable[int]) -> list[int]:

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from latentray.checkpoint import manifest, store
-from latentray.conditioning import text
+from latentray.conditioning.encoders import Encoder, prefix
 from latentray.config import compose
 from latentray.config.precompute_latents import PrecomputeLatents
 from latentray.data import index, latent_shards, latents
@@ -128,11 +128,12 @@ def _commit_store(config: PrecomputeLatents, plan: Plan, number: int, place: int
     )
 
 
-def _empty_prompts(encoders: Sequence[text.TextEncoder]) -> dict[str, torch.Tensor]:
-    """The embedding of the empty caption by each encoder, in full precision."""
+def _empty_prompts(encoders: Sequence[Encoder]) -> dict[str, torch.Tensor]:
+    """What each encoder says of nothing, in full precision."""
     found: dict[str, torch.Tensor] = {}
     for encoder in encoders:
-        found |= latents.text_tensors(encoder.name, encoder.embed([""]), torch.float32)
+        record = prefix(encoder.reading.kind, encoder.name)
+        found |= latents.text_tensors(record, encoder.nothing(), torch.float32)
     return found
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from latentray import build
-from latentray.conditioning import text
+from latentray.conditioning.encoders import ImageEncoder
 from latentray.data import canonical, latents
-from latentray.data.canonical import CaptionEmbedder
+from latentray.data.canonical import CaptionEmbedder, PictureEmbedder
 from latentray.data.latent_parts import FROM_RECORD, Job, Parcel
 
 
@@ -20,14 +20,16 @@ class Encoder:
         if self.device.type == "cpu":
             torch.set_num_threads(1)  # an encoder asks Ray for one core
         self.autoencoder = build.autoencoder_artifact(job.autoencoder).load().to(self.device)
-        loaded = [text.load(one.source, name=one.name, device=self.device) for one in job.texts]
-        self.texts = [CaptionEmbedder(one, getattr(torch, job.text_dtype)) for one in loaded]
+        loaded = [one.load(self.device) for one in job.texts]
+        dtype = getattr(torch, job.text_dtype)
+        self.texts = [CaptionEmbedder(one, dtype) for one in loaded if not isinstance(one, ImageEncoder)]
+        self.pictures = [PictureEmbedder(one, dtype) for one in loaded if isinstance(one, ImageEncoder)]
 
     def encode(self, parcel: Parcel) -> Parcel:
         """Pixels become `mean.<store>`, `logvar.<store>` (units, C, h, w); captions `text.<encoder>.tokens` (captions, L, D) ...
 
-        Of clips (units, T, C, h, w). `about` gets `captions`: the order of the embeddings. What was copied passes. Raises
-        DataError for latents that are no numbers.
+        Of clips (units, T, C, h, w). What a vision encoder sees becomes `image.<encoder>.tokens` (units, L, D) ... `about`
+        gets `captions`: the order of the embeddings. What was copied passes. Raises DataError for latents that are no numbers.
         """
         tensors = {name: t for name, t in parcel.tensors.items() if name.startswith("kept.")}
         for store in range(self.job.stores):
@@ -37,7 +39,11 @@ class Encoder:
         shown = (unit["json"][0]["captions"] for unit in parcel.about["units"] if unit["from"] != FROM_RECORD)
         captions = list(dict.fromkeys(caption for several in shown for caption in several))
         for embedder in self.texts if captions else ():
-            tensors |= latents.text_tensors(embedder.encoder.name, embedder.embed(captions), embedder.dtype)
+            tensors |= latents.text_tensors(embedder.record, embedder.embed(captions), embedder.dtype)
+        for of_pictures in self.pictures:
+            views = parcel.tensors.get(f"view.{of_pictures.encoder.name}")
+            if views is not None:
+                tensors |= latents.text_tensors(of_pictures.record, of_pictures.embed(views), of_pictures.dtype)
         return Parcel(about=parcel.about | {"captions": captions}, tensors=tensors)
 
     @torch.inference_mode()

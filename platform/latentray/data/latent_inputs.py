@@ -9,10 +9,12 @@ import numpy as np
 
 from latentray import build
 from latentray.checkpoint import manifest, store
-from latentray.conditioning import text, tiny_text_encoder
+from latentray.conditioning import tiny_text_encoder
+from latentray.conditioning.encoders import Encoder, ImageEncoder, load_configured
+from latentray.conditioning.images import Preprocessing
 from latentray.config.precompute_latents import PrecomputeLatents
 from latentray.config.text_encoder import TextEncoderConfig
-from latentray.data import kinds, latents, members
+from latentray.data import kinds, members
 from latentray.data.latent_plan import Ints, Shapes
 from latentray.data.latent_sources import Window, only_texts
 from latentray.data.shards import IndexedShards
@@ -111,8 +113,8 @@ def buckets_of(source: IndexedShards, given: Shapes | None) -> Ints:
     return given.assign(source.index.numbers("width"), source.index.numbers("height"))
 
 
-def text_encoder(wanted: TextEncoderConfig, train: IndexedShards, scratch: Path | None) -> tuple[text.TextEncoder, str]:
-    """A text encoder and where it is; a tiny one is made there first where the configuration says so."""
+def text_encoder(wanted: TextEncoderConfig, train: IndexedShards, scratch: Path | None) -> tuple[Encoder, str]:
+    """An encoder and where it is; a tiny one is made there first where the configuration says so."""
     source = wanted.source
     if wanted.build is not None:
         source = store.absolute(source)
@@ -125,14 +127,16 @@ def text_encoder(wanted: TextEncoderConfig, train: IndexedShards, scratch: Path 
             )
             tiny_text_encoder.publish(source, captions, wanted.build)
             print(f"Made a tiny text encoder: {source}", flush=True)
-    return text.load(source, name=wanted.name), source
+    return load_configured(wanted, source=source), source
 
 
-def text_source(encoder: text.TextEncoder, source: str) -> latents.TextSource:
-    return latents.TextSource(
-        name=encoder.name,
-        source=source,
-        fingerprint=encoder.fingerprint,
-        width=encoder.width,
-        max_tokens=encoder.max_tokens,
-    )
+def views(encoders: Sequence[Encoder], window: Window | None) -> dict[str, Preprocessing]:
+    """How each vision encoder is shown a picture. Raises ConfigError where there are clips."""
+    found = {one.name: one.preprocessing for one in encoders if isinstance(one, ImageEncoder)}
+    if found and window is not None:
+        raise ConfigError(
+            "A vision encoder reads pictures, and the data set holds clips.",
+            where="text_encoders",
+            mend=f"Leave {', '.join(found)} out.",
+        )
+    return found

@@ -10,7 +10,7 @@ import numpy as np
 
 from latentray import build
 from latentray.checkpoint import manifest, store
-from latentray.conditioning import text
+from latentray.conditioning.encoders import Encoder
 from latentray.config.precompute_latents import PrecomputeLatents
 from latentray.data import latent_inputs, latent_plan, latent_reuse, latent_shards, latents, shards
 from latentray.data.latent_parts import Job, SplitJob
@@ -50,7 +50,7 @@ class Plan:
     unfinished: list[int]
     """The splits that are not committed."""
     work: list[ShardWork]
-    encoders: list[text.TextEncoder]
+    encoders: list[Encoder]
     downsampling: int
     """The autoencoder's factor."""
     inputs: dict[str, str]
@@ -77,7 +77,7 @@ def plan(config: PrecomputeLatents, scratch: Path | None = None) -> Plan:
     buckets = [latent_inputs.buckets_of(source, shapes) for source in sources]
     outs = _outs(config, sizes)
     loaded = [latent_inputs.text_encoder(one, sources[0], scratch) for one in config.all_text_encoders]
-    texts = tuple(latent_inputs.text_source(encoder, where) for encoder, where in loaded)
+    texts = tuple(latents.TextSource.of(encoder, where) for encoder, where in loaded)
     stores = [
         [
             _store(config, artifact, texts, size, shapes, window, store.join(out, name), source)
@@ -94,6 +94,7 @@ def plan(config: PrecomputeLatents, scratch: Path | None = None) -> Plan:
         samples=sum(source.count for source in sources),
         autoencoder=artifact.uri,
         texts=texts,
+        views=latent_inputs.views([encoder for encoder, _ in loaded], window),
         shapes=tuple((shape,) for shape in shapes.all) if shapes else (tuple((size, size) for size in sizes),),
         window=window,
         variants=stores[0][0].variants,
@@ -152,6 +153,7 @@ def _store(
         buckets=shapes.all if shapes else (),
         texts=texts,
         variants=latent_plan.variants(config.crops, config.flip_variants),
+        classes=tuple(source.manifest.meta.get("classes", ())),
         listing=source.manifest,
         **clip,
     )

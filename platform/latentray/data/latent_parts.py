@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 
 from latentray.checkpoint import store
+from latentray.conditioning.images import Preprocessing
 from latentray.data import latent_sources, latents, shards
 from latentray.data.kinds import CLIPS, PICTURES
 from latentray.data.latent_plan import VARIANTS, Cut, Part, Shape
@@ -52,6 +53,8 @@ class Job:
     """Of all splits."""
     autoencoder: str
     texts: tuple[latents.TextSource, ...]
+    views: dict[str, Preprocessing] = dataclasses.field(default_factory=dict)
+    """By vision encoder: how it is shown a picture."""
     shapes: tuple[tuple[Shape, ...], ...]
     """Of each bucket, what a unit is cut to for each store; there is one bucket where there are only squares."""
     window: Window | None
@@ -117,12 +120,13 @@ class _Unit:
     how: str
     shown: list[dict[str, Any]]
     pixels: list[np.ndarray] = dataclasses.field(default_factory=list)
+    views: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     copied: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
 
 def read_part(job: Job, part: Part) -> Parcel:
     """Read a part's samples: `pixels.<store>` uint8 (units to be encoded, H, W, 3) or (..., T, H, W, 3); of other units
-    `kept.<unit>.<store>...`.
+    `kept.<unit>.<store>...`; for each vision encoder `view.<encoder>` (units to be encoded, h, w, 3).
 
     A unit that an older store holds is not decoded; where its captions are the same, its record passes as it is. Raises
     DataError or DigestMismatch for a sample that cannot be used, unless `skip_damaged` lists it as rejected.
@@ -135,6 +139,7 @@ def read_part(job: Job, part: Part) -> Parcel:
     older = part.older if len(part.older) else np.full((len(part.units), job.stores), -1)
     units: list[dict[str, Any]] = []
     pixels: dict[int, list[np.ndarray]] = {number: [] for number in range(job.stores)}
+    views: dict[str, list[np.ndarray]] = {name: [] for name in job.views}
     kept: dict[str, torch.Tensor] = {}
     rejected: list[dict[str, str]] = []
     pairs = zip(part.units.tolist(), older.tolist(), strict=True)
@@ -149,10 +154,13 @@ def read_part(job: Job, part: Part) -> Parcel:
         for variant, one in made.items():
             for number, cut in enumerate(one.pixels):
                 pixels[number].append(cut)
+            for name, view in one.views.items():
+                views[name].append(view)
             kept |= {f"kept.{len(units)}.{name}": tensor for name, tensor in one.copied.items()}
             about = {"unit": row * VARIANTS + variant, "key": f"{sample.key}_{variant}", "sha256": sample.digest.hex()}
             units.append(about | {"from": one.how, "json": one.shown})
     arrays = {f"pixels.{number}": torch.from_numpy(np.stack(some)) for number, some in pixels.items() if some}
+    arrays |= {f"view.{name}": torch.from_numpy(np.stack(some)) for name, some in views.items() if some}
     place = {"split": part.split, "shard": part.shard, "number": part.number, "bucket": part.bucket}
     return Parcel(about=place | {"units": units, "rejected": rejected}, tensors=arrays | kept)
 
@@ -190,10 +198,11 @@ def _made(
     missing = [variant for variant in wanted if copies.get(variant) is None]
     cuts: dict[int, _Unit] = {}
     if missing:
+        views = latent_sources.views(sample, job.views, max_pixels=job.max_pixels)
         made = latent_sources.CUT[job.kind](sample, shapes, missing, max_pixels=job.max_pixels, window=job.window)
         for variant, several in made.items():
             shown = [_shown(sample, variant, one, job.window) for one in several]
-            cuts[variant] = _Unit(how=FROM_PIXELS, pixels=[one.pixels for one in several], shown=shown)
+            cuts[variant] = _Unit(how=FROM_PIXELS, pixels=[one.pixels for one in several], shown=shown, views=views)
     return {variant: copies.get(variant) or cuts[variant] for variant in wanted}
 
 
@@ -205,8 +214,12 @@ def _shown(sample: Source, variant: int, cut: Cut, window: Window | None) -> dic
         "source_sha256": sample.digest.hex(),
         **{name: list(pair) for name, pair in dataclasses.asdict(cut.conditioning).items()},
         "flip": bool(variant % 2),
-    }
+    } | _labelled(sample)
     return told | (dataclasses.asdict(window) | {"begin": cut.begin} if window else {})
+
+
+def _labelled(sample: Source) -> dict[str, int]:
+    return {} if sample.label is None else {"label": sample.label}
 
 
 def _copied(split: SplitJob, sample: Source, rows: list[int]) -> _Unit | None:
@@ -223,13 +236,15 @@ def _copied(split: SplitJob, sample: Source, rows: list[int]) -> _Unit | None:
         if about["source_sha256"] != sample.digest.hex():
             return None
         same &= about["captions"] == sample.captions
-        shown.append(about | {"captions": sample.captions, "source": sample.key})
+        about.pop("label", None)
+        shown.append(about | {"captions": sample.captions, "source": sample.key} | _labelled(sample))
         records.append(raw[LATENT_MEMBER])
     if same:
         whole = {str(i): torch.frombuffer(bytearray(one), dtype=torch.uint8) for i, one in enumerate(records)}
         return _Unit(how=FROM_RECORD, shown=shown, copied=whole)
     loaded = [safetensors.torch.load(one) for one in records]
     both = {f"{i}.{name}": one[name] for i, one in enumerate(loaded) for name in ("mean", "logvar")}
+    both |= {name: tensor for name, tensor in loaded[0].items() if name.startswith("image.")}
     return _Unit(how=FROM_LATENTS, shown=shown, copied=both)
 
 

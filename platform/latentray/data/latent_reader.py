@@ -240,7 +240,7 @@ class LatentReader:
             part = payload[:, field.begin : field.end]
             if (part.storage_offset() | part.stride(0)) % field.dtype.itemsize:
                 part = part.clone().flatten().view(len(part), -1)
-            found[name] = part.view(field.dtype).view(-1, *field.shape)
+            found[name] = part.view(field.dtype).view(len(part), *field.shape)
         return found
 
 

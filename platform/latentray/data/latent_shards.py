@@ -23,7 +23,7 @@ from latentray.checkpoint import store
 from latentray.data import index, latents, shards
 from latentray.data.latent_parts import FROM_LATENTS, FROM_PIXELS, FROM_RECORD, Job, Parcel, SplitJob
 from latentray.data.latent_plan import VARIANTS
-from latentray.data.latents import CONDITIONS
+from latentray.data.latents import CONDITIONS, LABEL
 from latentray.errors import DigestMismatch
 from latentray.records import LATENT_MEMBER
 
@@ -111,11 +111,19 @@ def _records(job: Job, parcel: Parcel) -> Iterator[dict[str, Any]]:
                 continue
             if unit["from"] == FROM_LATENTS:
                 both = [parcel.tensors[f"kept.{number}.{i}.{name}"] for name in ("mean", "logvar")]
+                seen = _named(parcel, f"kept.{number}.image.")
             else:
                 both = [parcel.tensors[f"{name}.{i}"][encoded] for name in ("mean", "logvar")]
-            row[f"record.{i}"] = latents.record(both[0], both[1], texts)[LATENT_MEMBER]
+                seen = {name: tensor[encoded] for name, tensor in _named(parcel, "image.").items()}
+            row[f"record.{i}"] = latents.record(both[0], both[1], texts | seen)[LATENT_MEMBER]
         encoded += unit["from"] == FROM_PIXELS
         yield row
+
+
+def _named(parcel: Parcel, begin: str) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin so, under their names from `image.` on."""
+    cut = begin.index("image.")
+    return {name[cut:]: tensor for name, tensor in parcel.tensors.items() if name.startswith(begin)}
 
 
 def _texts(parcel: Parcel, rows: list[int]) -> dict[str, torch.Tensor]:
@@ -188,5 +196,5 @@ def _samples(table: pa.Table, number: int) -> Iterator[shards.Sample]:
         height, width = told["target_size"]
         about = {"width": width, "height": height, "source_sha256": digest, "variant": unit % VARIANTS}
         about |= dict(zip(CONDITIONS, (*told["original_size"], *told["crop_top_left"]), strict=True))
-        about |= {name: told[name] for name in latents.OF_CLIPS if name in told}
+        about |= {name: told[name] for name in latents.OF_CLIPS if name in told} | {LABEL: told.get(LABEL)}
         yield shards.Sample(key=key, members={LATENT_MEMBER: record, "json": shown}, columns=about)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from latentray.conditioning.images import Preprocessing
 from latentray.data import clips, decode, latent_plan, members, shards
 from latentray.data.kinds import CLIPS, MEMBERS, PICTURES
 from latentray.data.latent_plan import Cut, Shape
@@ -41,6 +42,8 @@ class Source:
     captions: list[str]
     about: dict[str, Any]
     """Its `.json`."""
+    label: int | None = None
+    """Its class, by the index; None where it has none."""
 
 
 def read(opened: shards.IndexedShards, row: int, kind: str) -> Source:
@@ -64,12 +67,30 @@ def read(opened: shards.IndexedShards, row: int, kind: str) -> Source:
         digest=hashlib.sha256(data).digest(),
         captions=members.captions_of(texts),
         about=texts.get("json", {}),
+        label=_label_of(opened, row),
     )
+
+
+def _label_of(opened: shards.IndexedShards, row: int) -> int | None:
+    found = int(opened.index.numbers("label")[row]) if "label" in opened.columns else -1
+    return found if found >= 0 else None
 
 
 def only_texts(sample: dict[str, Any]) -> dict[str, Any]:
     """A raw sample without its picture or frames."""
     return {name: value for name, value in sample.items() if name.startswith("__") or name in _TEXTS}
+
+
+def views(source: Source, wanted: Mapping[str, Preprocessing], *, max_pixels: int) -> dict[str, np.ndarray]:
+    """What each vision encoder sees of a picture: of all of it, whatever its variants are cut to."""
+    return {name: view(source.data, one, max_pixels=max_pixels, where=source.key) for name, one in wanted.items()}
+
+
+def view(data: bytes, shown: Preprocessing, *, max_pixels: int = decode.MAX_PIXELS, where: str = "") -> np.ndarray:
+    """What a vision encoder sees of a picture's file, uint8 (h, w, 3). Raises SampleRejected as `decode.decode`."""
+    least = max(shown.shorter, shown.height, shown.width)
+    pixels, _ = decode.decode_at_least(data, least, least, max_pixels=max_pixels, where=where)
+    return shown.view(pixels)
 
 
 def cut_picture(

@@ -15,8 +15,11 @@ import torch
 
 from latentray.build import AutoencoderArtifact
 from latentray.checkpoint import manifest, store, weights
+from latentray.conditioning import encoders
+from latentray.conditioning.encoders import Encoder, Reading, TokenReader
 from latentray.config.precompute_latents import PrecomputeLatents
-from latentray.errors import DataError, FingerprintMismatch
+from latentray.config.text_encoder import COUNTED
+from latentray.errors import FingerprintMismatch
 from latentray.models.autoencoder import LatentScale
 from latentray.records import LATENT_MEMBER, RECORD_VERSION, TextEmbedding
 
@@ -24,22 +27,60 @@ KIND = "latents"
 EMPTY_PROMPT = "empty_prompt.safetensors"
 CONDITIONS = ("original_height", "original_width", "crop_top", "crop_left")
 """Columns of the index, pixels: what SDXL is told of a picture beside `height` and `width`, the size of the crop."""
+LABEL = "label"
+"""Column of the index: a class label, where the pictures say one."""
 OF_CLIPS = ("frames", "fps")
 """Columns of the index of latents of clips: T, and frames per second."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextSource:
-    """A text encoder whose embeddings a store holds."""
+    """An encoder whose embeddings a store holds, of captions or pictures."""
 
     name: str
-    """Its name in the records: `text.<name>.tokens`."""
+    """Its name in the records: `text.<name>.tokens`, of pictures `image.<name>.tokens`."""
     source: str
     """Where it is: a folder, an artifact's URI or a hub id."""
     fingerprint: str
     width: int
     """Of a token's embedding."""
     max_tokens: int
+    kind: str = "clip"
+    layer: int = 1
+    vocabulary: int = 0
+    """Of a tokenizer alone: token numbers lie below it."""
+
+    @property
+    def record(self) -> str:
+        """What its tensors' names begin with in a record."""
+        return encoders.prefix(self.kind, self.name)
+
+    @classmethod
+    def of(cls, encoder: Encoder, source: str) -> TextSource:
+        """An encoder that was loaded from `source`."""
+        return cls(
+            name=encoder.name,
+            source=source,
+            fingerprint=encoder.fingerprint,
+            width=encoder.width,
+            max_tokens=encoder.max_tokens,
+            kind=encoder.reading.kind,
+            layer=encoder.reading.layer,
+            vocabulary=encoder.vocabulary if isinstance(encoder, TokenReader) else 0,
+        )
+
+    def load(self, device: torch.device | str = "cpu") -> Encoder:
+        """The encoder. Raises FingerprintMismatch where it is not the one it was."""
+        limit = self.max_tokens if self.kind in COUNTED else None
+        reading = Reading(kind=self.kind, layer=self.layer, max_tokens=limit)
+        found = encoders.load(self.source, name=self.name, reading=reading, device=device)
+        if found.fingerprint != self.fingerprint:
+            raise FingerprintMismatch(
+                f"The text encoder {self.name} has changed since these embeddings were made.",
+                where=self.source,
+                mend="Bring back the one they were made with, or precompute the latents again.",
+            )
+        return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,45 +104,24 @@ class LatentStore:
     """Frames per second; 0 for pictures."""
     texts: tuple[TextSource, ...]
     """The text encoders in the records; none where latents stand alone."""
+    classes: tuple[str, ...] = ()
+    """Names of the class labels, where the data set names them."""
     variants: tuple[int, ...]
     """What each picture or clip was encoded as (latent_plan)."""
     listing: manifest.Manifest
 
-    @property
-    def text(self) -> TextSource:
-        """The first text encoder. Raises DataError where the store holds latents alone."""
-        if not self.texts:
-            raise DataError("These latents hold no text.", where=self.uri, mend="Precompute them with a text_encoder.")
-        return self.texts[0]
-
-    @property
-    def encoder(self) -> str:
-        """Name of the first text encoder."""
-        return self.text.name
-
-    @property
-    def text_source(self) -> str:
-        return self.text.source
-
-    @property
-    def text_fingerprint(self) -> str:
-        return self.text.fingerprint
-
-    @property
-    def text_width(self) -> int:
-        return self.text.width
-
-    def empty_prompt(self, name: str | None = None) -> TextEmbedding:
-        """The embedding of the empty caption, (1, ...), by the first encoder or the one named.
-
-        For caption dropout and classifier-free guidance.
-        """
-        prefix = f"text.{name or self.encoder}"
+    def empty_prompts(self, sources: Sequence[TextSource]) -> tuple[TextEmbedding, ...]:
+        """What each encoder says of nothing, (1, ...): for caption dropout and classifier-free guidance."""
+        if not sources:
+            return ()
         tensors = weights.read(manifest.fetch_file(self.uri, EMPTY_PROMPT, self.listing))
-        return TextEmbedding(
-            tokens_BLD=tensors[f"{prefix}.tokens"].float(),
-            mask_BL=tensors[f"{prefix}.mask"].bool(),
-            pooled_BD=tensors[f"{prefix}.pooled"].float(),
+        return tuple(
+            TextEmbedding(
+                tokens_BLD=tensors[f"{one.record}.tokens"],
+                mask_BL=tensors[f"{one.record}.mask"].bool(),
+                pooled_BD=tensors[f"{one.record}.pooled"],
+            ).to(torch.float32)
+            for one in sources
         )
 
     def require_autoencoder(self, artifact: AutoencoderArtifact) -> None:
@@ -116,20 +136,25 @@ class LatentStore:
 
     def require_like(self, other: LatentStore) -> None:
         """Raise FingerprintMismatch unless both stores were made by the same encoders, so that one model can learn from both."""
-        for what in ("channels", "encoder", "text_fingerprint", "scale"):
+        for what in ("channels", "scale", "frames", "fps"):
             if getattr(self, what) != getattr(other, what):
-                raise FingerprintMismatch(
-                    f"These latents differ in {what} and cannot be mixed.",
-                    where=f"{self.uri} and {other.uri}",
-                    mend="Precompute both with the same autoencoder and text encoder.",
-                )
+                raise self._unlike(other, what)
+        if [(one.name, one.fingerprint) for one in self.texts] != [(one.name, one.fingerprint) for one in other.texts]:
+            raise self._unlike(other, "text encoders")
+
+    def _unlike(self, other: LatentStore, what: str) -> FingerprintMismatch:
+        return FingerprintMismatch(
+            f"These latents differ in {what} and cannot be mixed.",
+            where=f"{self.uri} and {other.uri}",
+            mend="Precompute both with the same autoencoder, text encoders and clip settings.",
+        )
 
 
 def describe(uri: str, listing: manifest.Manifest | None = None) -> LatentStore:
     """The store at a URI. Raises InputMissing or ArtifactError where there is none."""
     listing = listing or manifest.read(uri, kind=KIND)
     meta = listing.meta
-    named = {"uri", "listing", "scale", "texts", "variants", "buckets"}
+    named = {"uri", "listing", "scale", "texts", "variants", "buckets", "classes"}
     fields = {f.name for f in dataclasses.fields(LatentStore)} & meta.keys() - named
     return LatentStore(
         uri=uri,
@@ -137,6 +162,7 @@ def describe(uri: str, listing: manifest.Manifest | None = None) -> LatentStore:
         scale=LatentScale(**meta["scale"]),
         texts=tuple(TextSource(**one) for one in meta["texts"]),
         variants=tuple(meta["variants"]),
+        classes=tuple(meta.get("classes", ())),
         buckets=tuple((height, width) for height, width in meta.get("buckets", ())),
         **{name: meta[name] for name in fields},
     )
@@ -145,7 +171,7 @@ def describe(uri: str, listing: manifest.Manifest | None = None) -> LatentStore:
 def meta_of(store_: LatentStore) -> dict[str, Any]:
     """What the manifest records: the inverse of `describe`."""
     values = dataclasses.asdict(dataclasses.replace(store_, listing=None))  # type: ignore[arg-type]
-    values |= {"texts": list(values["texts"]), "variants": list(values["variants"])}
+    values |= {name: list(values[name]) for name in ("texts", "variants", "classes")}
     values["buckets"] = [list(shape) for shape in values["buckets"]]
     return {name: value for name, value in values.items() if name not in ("uri", "listing")}
 
@@ -175,12 +201,13 @@ def key_of(
     return store.digest_of(decides | ({"frames": frames, "fps": fps} if frames else {}))
 
 
-def text_tensors(name: str, text: TextEmbedding, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The embeddings of captions by the encoder called `name`, as a record holds them."""
+def text_tensors(record: str, text: TextEmbedding, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Embeddings by the encoder whose tensors' names begin with `record`, as a record holds them."""
+    text = text.to(dtype)
     return {
-        f"text.{name}.tokens": text.tokens_BLD.to(dtype).contiguous(),
-        f"text.{name}.mask": text.mask_BL.contiguous(),
-        f"text.{name}.pooled": text.pooled_BD.to(dtype).contiguous(),
+        f"{record}.tokens": text.tokens_BLD.contiguous(),
+        f"{record}.mask": text.mask_BL.contiguous(),
+        f"{record}.pooled": text.pooled_BD.contiguous(),
     }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import safetensors.torch
 
+from latentray.conditioning.images import Preprocessing
 from latentray.data import decode
 from latentray.errors import DataError, SampleRejected, UnsafeMember
 from latentray.records import LATENT_MEMBER, PICTURE_SUFFIXES
@@ -37,6 +38,7 @@ DECODERS: dict[str, Callable[[bytes], Any]] = {
     "webp": decode.decode,
     "txt": _text,
     "json": _object,
+    "cls": bytes,  # a class's number, which the index holds
     LATENT_MEMBER: safetensors.torch.load,
     "frames.safetensors": safetensors.torch.load,
     "episode.safetensors": safetensors.torch.load,
@@ -142,6 +144,12 @@ def picture_at_least(sample: Mapping[str, Any], height: int, width: int) -> tupl
                     f"{sample.get('__key__')}.{suffix}", str(sample.get("__url__", "")), error.what
                 ) from None
     raise _no_picture(sample)
+
+
+def view_of(sample: Mapping[str, Any], shown: Preprocessing) -> Any:
+    """What a vision encoder sees of the picture of such a sample, uint8 (h, w, 3). Raises as `picture_at_least`."""
+    least = max(shown.shorter, shown.height, shown.width)
+    return shown.view(picture_at_least(sample, least, least)[0])
 
 
 def captions_of(decoded: Mapping[str, Any]) -> list[str]:

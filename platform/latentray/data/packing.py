@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from latentray.checkpoint import store
-from latentray.config.build_shards import BuildShards
+from latentray.config.build_shards import BuildShards, SourceConfig
 from latentray.data import decode, index, shards, sources, synthetic, synthetic_clips, synthetic_episodes, tar_samples
 from latentray.data.captions import Captions
 from latentray.data.shard_plans import Piece, ShardPlan
@@ -22,7 +22,7 @@ from latentray.errors import SampleRejected
 from latentray.randomness import Purpose, mix
 
 Load = Callable[[], tuple[bytes, list[str], dict[str, Any]]]
-"""Gives a sample's picture, captions and metadata, or raises SampleRejected."""
+"""Gives a sample's picture, captions and metadata, with its `label` where it has one, or raises SampleRejected."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,22 +109,29 @@ def _entry_reads(piece: Piece, config: BuildShards) -> Iterator[tuple[str, Load]
 
 def _load_entry(entry: sources.Entry) -> tuple[bytes, list[str], dict[str, Any]]:
     data, captions = sources.read(entry)
-    return data, captions, {}
+    return data, captions, {} if entry["label"] is None else {"label": entry["label"]}
 
 
 def _tar_reads(piece: Piece, config: BuildShards, captions: Captions | None) -> Iterator[tuple[str, Load]]:
     for sample in tar_samples.read(piece.part.uri, piece.part.name, piece.places):
         name = sample.where if isinstance(sample, SampleRejected) else sample.name
-        yield name, functools.partial(_load_tar_sample, sample, captions, config.source.join)
+        yield name, functools.partial(_load_tar_sample, sample, captions, config.source)
 
 
 def _load_tar_sample(
-    sample: tar_samples.TarSample | SampleRejected, captions: Captions | None, join: str
+    sample: tar_samples.TarSample | SampleRejected, captions: Captions | None, config: SourceConfig
 ) -> tuple[bytes, list[str], dict[str, Any]]:
     if isinstance(sample, SampleRejected):
         raise sample
     data, metadata = sample.picture(), sample.metadata()
-    return data, sample.captions_by(captions, join, metadata, hashlib.sha256(data).hexdigest()), metadata
+    label = sample.label(metadata, config.label or "label")
+    try:
+        texts = sample.captions_by(captions, config.join, metadata, hashlib.sha256(data).hexdigest())
+    except SampleRejected:
+        if label is None or captions is not None:
+            raise
+        texts = [""]  # a class says what it shows
+    return data, texts, metadata if label is None else metadata | {"label": label}
 
 
 def _sample(
@@ -135,7 +142,12 @@ def _sample(
     return shards.Sample(
         key=f"{number:09d}",
         members={suffix: data, "txt": captions[0].encode(), "json": _json(record)},
-        columns={"sha256": bytes.fromhex(digest), "width": width, "height": height},
+        columns={
+            "sha256": bytes.fromhex(digest),
+            "width": width,
+            "height": height,
+            "label": sources.label_of(about.get("label")),
+        },
     )
 
 

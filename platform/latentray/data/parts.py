@@ -22,6 +22,8 @@ class Part:
     """Folder: the pictures, relative to it."""
     captioned: tuple[bool, ...] = ()
     """Folder: which of them have a `.txt` beside."""
+    classes: tuple[str, ...] = ()
+    """Folder: the names of all classes, where folders are classes."""
     first: int = 0
     """Table: the number of its first row."""
     count: int = 0

@@ -102,7 +102,8 @@ def _build_read(config: BuildShards, out: str, written: set[str]) -> list[str]:
         plans = [p for split in synthetic.SPLITS for p in plan_split(config, out, split, taken, parts)]
         need = int(taken.column("bytes").sum()) + len(taken.table) * SAMPLE_BYTES
         store.require_space(out, need + _SPARE_BYTES)
-        return _commit(config, _packed(config, out, plans, captions, taken, written), taken, written)
+        packed = _packed(config, out, plans, captions, taken, written)
+        return _commit(config, packed, taken, written, parts[0].classes)
 
 
 @contextlib.contextmanager
@@ -264,7 +265,9 @@ def _run(
         yield row
 
 
-def _commit(config: BuildShards, built: dict[str, Built], taken: Taken, written: set[str]) -> list[str]:
+def _commit(
+    config: BuildShards, built: dict[str, Built], taken: Taken, written: set[str], classes: Sequence[str] = ()
+) -> list[str]:
     """Write index, rejects and manifest of each split; refuse first where too much was rejected."""
     rejected = [reject for one in built.values() for reject in one.rejected]
     usable = len(built["train"].results) if "train" in built else 0
@@ -272,7 +275,7 @@ def _commit(config: BuildShards, built: dict[str, Built], taken: Taken, written:
     uris = []
     for split, one in _with_orphans(built).items():
         written |= {store.join(one.uri, name) for name in (manifest.NAME, index.NAME, REJECTED)}
-        _commit_split(config, split, one, taken)
+        _commit_split(config, split, one, taken, classes)
         uris.append(one.uri)
     return uris
 
@@ -305,7 +308,7 @@ def _with_orphans(built: dict[str, Built]) -> dict[str, Built]:
     return kept
 
 
-def _commit_split(config: BuildShards, split: str, built: Built, taken: Taken) -> None:
+def _commit_split(config: BuildShards, split: str, built: Built, taken: Taken, classes: Sequence[str]) -> None:
     rejected = sorted(built.rejected, key=lambda r: r["name"])
     with store.staging() as folder:
         index.write(built.results, folder / index.NAME)
@@ -328,6 +331,8 @@ def _commit_split(config: BuildShards, split: str, built: Built, taken: Taken) -
     }
     if config.source.name == "shapes":
         meta["unseen"] = [synthetic.caption(kind) for kind in synthetic.UNSEEN]
+    if classes:
+        meta["classes"] = list(classes)
     manifest.seal(built.uri, files, kind="dataset", config=compose.to_dict(config), meta=meta)
     print(
         f"{split}: {meta['samples']} pictures in {len(built.results)} shards, {_weight(rejected)} rejected", flush=True

@@ -19,12 +19,13 @@ from latentray.checkpoint import store
 from latentray.config.build_shards import SourceConfig
 from latentray.data import members, tables, tars
 from latentray.data.parts import PART_ROWS, Part
-from latentray.errors import InputMissing, SampleRejected
+from latentray.errors import DataError, InputMissing, SampleRejected
 from latentray.records import PICTURE_SUFFIXES
 
 Entry = dict[str, Any]
 """`name` (unique in its source; what splits and reports know it by), `uri` of the picture, and either `captions` (list)
-or `caption_uri` (a text file, one caption per line); both None where there is no caption. `about`: what else the table says."""
+or `caption_uri` (a text file, one caption per line); both None where there is no caption. `label`: a class label, or None.
+`about`: what else the table says."""
 
 _PEEKED_BYTES = 16 << 20
 
@@ -58,7 +59,8 @@ def entries(
         yield from _folder_entries(part, range(part.count) if rows is None else rows)
         return
     folder = store.parent(part.uri)
-    wanted = list(dict.fromkeys([config.path_column, config.caption_column, *asked]))
+    label = config.label
+    wanted = list(dict.fromkeys([config.path_column, config.caption_column, *([label] if label else []), *asked]))
     for row in tables.rows(part, wanted, rows):
         picture = row[config.path_column]
         name = "" if picture is None or not str(picture).strip() else str(picture)
@@ -67,6 +69,7 @@ def entries(
             "uri": _resolve(name, folder),
             "captions": captions_of(row[config.caption_column]),
             "caption_uri": None,
+            "label": label_of(_plain(row[label], part.uri)) if label else None,
             "about": {column: _plain(row[column], part.uri) for column in asked},
         }
 
@@ -123,6 +126,14 @@ def captions_of(value: Any) -> list[str] | None:
     return kept or None
 
 
+def label_of(value: Any) -> int | None:
+    """A class label as a whole number that is not negative; None for all else."""
+    if isinstance(value, float) and value.is_integer():  # what a table makes of whole numbers where some are missing
+        value = int(value)
+    is_label = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+    return value if is_label else None
+
+
 def _sound(text: str) -> str:
     """Half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes a question mark."""
     return text.encode(errors="replace").decode()
@@ -139,17 +150,39 @@ def _folder_parts(path: str, config: SourceConfig) -> Iterator[Part]:
         )
     found = store.list_files(path)
     known = set(found)
-    pictures = (name for name in found if PurePosixPath(name).suffix.lower().lstrip(".") in PICTURE_SUFFIXES)
-    while names := tuple(itertools.islice(pictures, PART_ROWS)):
+    pictures = [name for name in found if PurePosixPath(name).suffix.lower().lstrip(".") in PICTURE_SUFFIXES]
+    classes = _classes_of(pictures, path) if config.label else ()
+    listed = iter(pictures)
+    while names := tuple(itertools.islice(listed, PART_ROWS)):
         captioned = tuple(_text_beside(name) in known for name in names)
-        yield Part(uri=path, names=names, captioned=captioned, count=len(names))
+        yield Part(uri=path, names=names, captioned=captioned, count=len(names), classes=classes)
+
+
+def _classes_of(pictures: Sequence[str], path: str) -> tuple[str, ...]:
+    """The folders directly below, each a class. Raises DataError for a picture that lies in none."""
+    for name in pictures:
+        if "/" not in name:
+            raise DataError(
+                f"The picture {name!r} lies in no folder of a class.",
+                where=path,
+                mend="Move it into one, or leave source.label out.",
+            )
+    return tuple(sorted({name.split("/", 1)[0] for name in pictures}))
 
 
 def _folder_entries(part: Part, rows: Iterable[int]) -> Iterator[Entry]:
     for row in rows:
         name = part.names[row]
         text = store.join(part.uri, _text_beside(name)) if part.captioned[row] else None
-        yield {"name": name, "uri": store.join(part.uri, name), "captions": None, "caption_uri": text, "about": {}}
+        of = name.split("/", 1)[0] if part.classes else None
+        yield {
+            "name": name,
+            "uri": store.join(part.uri, name),
+            "captions": None if of is None or text else [of],  # a class of its own name describes it
+            "caption_uri": text,
+            "label": None if of is None else part.classes.index(of),
+            "about": {},
+        }
 
 
 def _text_beside(name: str) -> str:
@@ -210,6 +243,8 @@ def _json_keys(part: Part) -> list[str]:
 
 def _table_parts(path: str, config: SourceConfig) -> Iterator[Part]:
     wanted = {"source.path_column": config.path_column, "source.caption_column": config.caption_column}
+    if config.label:
+        wanted["source.label"] = config.label
     yield from tables.parts(path, wanted)
 
 

@@ -30,6 +30,7 @@ Reject = dict[str, Any]
 EXAMPLES = 20
 _TAR_COLUMNS = {"offset": pa.int64(), "length": pa.uint32(), "crc32c": pa.uint32()}
 _INDEX_COLUMNS = {"key": pa.large_string(), "sha256": pa.binary(32), "width": pa.int32(), "height": pa.int32()}
+_INDEX_COLUMNS |= {"label": pa.int32()}
 _DUPLICATE_COLUMNS: dict[str, dict[str, pa.DataType]] = {
     "none": {},
     "exact": {"digest": pa.binary(16)},
@@ -180,6 +181,8 @@ class _Surveyor:
         stretch = tar[grouped.offset : grouped.offset + grouped.length]
         place = {"offset": grouped.offset, "length": grouped.length, "crc32c": google_crc32c.value(stretch)}
         key = {"row": row, "bytes": grouped.length, "key": grouped.key, "sha256": digest}
+        if self.config.source.index_only:
+            key["label"] = self._label(sample)
         self._take(sample.name, reason, found | key | place)
 
     def _about(self, sample: tar_samples.TarSample, sha256: str) -> dict[str, Any]:
@@ -190,6 +193,12 @@ class _Surveyor:
         if self.wanted.needs_caption:
             about = about | {"caption": sample.captions_by(self.captions, self.config.source.join, about, sha256)[0]}
         return about | {"name": sample.name}
+
+    def _label(self, sample: tar_samples.TarSample) -> int | None:
+        try:
+            return sample.label(sample.metadata(), self.config.source.label or "label")
+        except SampleRejected:  # what an adopted tar's .json is good for, its readers find
+            return None
 
     def _looked(self, data: bytes, digest: bytes, name: str) -> dict[str, Any]:
         """What filters, duplicates and an index want of a picture: `width`, `height`, `digest`, its look."""

@@ -8,7 +8,8 @@ a policy that averages its demonstrations runs into the disc. An action is a vel
     at the wall    where p' is behind it and the line from p crosses it outside the gap, x' stays 0.001 before it
     at the disc    where |p' - c| < r, p' becomes c + r (p' - c) / |p' - c|
 
-An episode ends with |p - goal| <= 0.05 (reached) or after 64 steps. All is elementwise over a batch B of episodes, and in
+An episode ends with |p - goal| <= 0.05 (reached) or after 64 steps; it succeeds where the goal is reached and neither wall
+nor disc ever stood in the way. All is elementwise over a batch B of episodes, and in
 correctly rounded operations only, so that an episode does not depend on the batch it runs in.
 """
 
@@ -72,13 +73,22 @@ class Outcome:
     """What became of B episodes."""
 
     reached_B: np.ndarray
+    touched_B: np.ndarray
+    """Where wall or disc stood in the way."""
     steps_B: np.ndarray
     """Steps to the goal; MOST_STEPS where it was not reached."""
+    path_BT2: np.ndarray
+    """Positions, from the start on, of MOST_STEPS + 1 moments; they stay at the goal."""
+
+    @property
+    def succeeded_B(self) -> np.ndarray:
+        """Where the goal was reached without touching anything."""
+        return self.reached_B & ~self.touched_B
 
     @property
     def success(self) -> float:
-        """Share of the episodes that reached their goal."""
-        return float(self.reached_B.mean())
+        """Share of the episodes that succeeded."""
+        return float(self.succeeded_B.mean())
 
 
 def scenes(seeds: npt.ArrayLike) -> Scenes:
@@ -95,6 +105,11 @@ def scenes(seeds: npt.ArrayLike) -> Scenes:
 
 def step(scene: Scenes, position_B2: np.ndarray, action_B2: np.ndarray) -> np.ndarray:
     """The positions after one step, float64 (B, 2)."""
+    return move(scene, position_B2, action_B2)[0]
+
+
+def move(scene: Scenes, position_B2: np.ndarray, action_B2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The positions after one step, float64 (B, 2), and where wall or disc stood in its way, bool (B,)."""
     x, y = position_B2[:, 0], position_B2[:, 1]
     to_B2 = np.clip(position_B2 + STEP * np.clip(action_B2.astype(np.float64), -1, 1), 0, 1)
     new_x, new_y = to_B2[:, 0], to_B2[:, 1]
@@ -108,7 +123,7 @@ def step(scene: Scenes, position_B2: np.ndarray, action_B2: np.ndarray) -> np.nd
     stretch = RADIUS / np.where(inside & (distance > 0), distance, RADIUS)
     from_x = np.where(inside & (distance == 0), -RADIUS, from_x)  # from the very middle: back towards the left
     pushed_B2 = scene.obstacle_B2 + np.stack([from_x * stretch, from_y * stretch], axis=1)
-    return np.where(inside[:, None], pushed_B2, np.stack([new_x, new_y], axis=1))
+    return np.where(inside[:, None], pushed_B2, np.stack([new_x, new_y], axis=1)), blocked | inside
 
 
 def reached(scene: Scenes, position_B2: np.ndarray) -> np.ndarray:
@@ -172,19 +187,24 @@ def rollout(policy: Policy, seeds: npt.ArrayLike, *, observations: int = 1, pict
     scene = scenes(seeds)
     position_B2 = scene.start_B2
     history = [_observe(scene, position_B2, pictures)] * observations
-    steps_B = np.full(len(position_B2), MOST_STEPS)
+    steps_B, touched_B = np.full(len(position_B2), MOST_STEPS), np.zeros(len(position_B2), bool)
     done_B = reached(scene, position_B2)
+    path = [position_B2]
     number = 0
     while number < MOST_STEPS and not done_B.all():
         actions_BT2 = policy({name: np.stack([seen[name] for seen in history], axis=1) for name in history[0]})
         for action_B2 in np.moveaxis(np.asarray(actions_BT2), 1, 0)[: MOST_STEPS - number]:
             number += 1
-            position_B2 = np.where(done_B[:, None], position_B2, step(scene, position_B2, action_B2))
+            moved_B2, stopped_B = move(scene, position_B2, action_B2)
+            position_B2 = np.where(done_B[:, None], position_B2, moved_B2)
+            touched_B |= stopped_B & ~done_B
+            path.append(position_B2)
             arrived_B = reached(scene, position_B2) & ~done_B
             steps_B[arrived_B] = number
             done_B |= arrived_B
             history = [*history[1:], _observe(scene, position_B2, pictures)]
-    return Outcome(reached_B=done_B, steps_B=steps_B)
+    path += [position_B2] * (MOST_STEPS + 1 - len(path))
+    return Outcome(reached_B=done_B, touched_B=touched_B, steps_B=steps_B, path_BT2=np.stack(path, axis=1))
 
 
 def demonstrations(seeds: Sequence[int] | np.ndarray, *, pictures: bool = False) -> Iterator[records.Episode]:

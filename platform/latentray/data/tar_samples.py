@@ -55,6 +55,13 @@ class TarSample:
             raise SampleRejected("unreadable_json", f"The .json cannot be read: {error}", where=self.name) from None
         return found if isinstance(found, dict) else {}
 
+    def label(self, metadata: Mapping[str, Any], key: str) -> int | None:
+        """The class label: `key` of the `.json`, else the `.cls`; None where neither is a whole number."""
+        found = sources.label_of(metadata.get(key))
+        if found is None and self.contents.get("cls", b"").strip().isdigit():
+            found = sources.label_of(int(self.contents["cls"]))
+        return found
+
     def captions(self, metadata: Mapping[str, Any]) -> list[str]:
         """`captions` of the `.json`, else the `.txt`, else its `caption`. Raises SampleRejected, `missing_caption`."""
         text = self.contents.get("txt", b"").decode("utf-8", "replace")

@@ -24,7 +24,7 @@ class Noised:
 def noised(config: ObjectiveConfig, schedule: AnySchedule, x0_BChw: Tensor, noise_BChw: Tensor, t_B: Tensor) -> Noised:
     """x_t = alpha x_0 + sigma noise, the prediction's target and the loss weights, in float32."""
     alpha, sigma = schedule.alpha_sigma(t_B)
-    a, s = (value.float().view(-1, 1, 1, 1) for value in (alpha, sigma))
+    a, s = (value.float().view(-1, *[1] * (x0_BChw.ndim - 1)) for value in (alpha, sigma))
     return Noised(
         x_BChw=a * x0_BChw + s * noise_BChw,
         t_B=t_B,
@@ -33,10 +33,17 @@ def noised(config: ObjectiveConfig, schedule: AnySchedule, x0_BChw: Tensor, nois
     )
 
 
-def mean_squared(prediction_BChw: Tensor, batch: Noised) -> Tensor:
-    """Weighted squared error per sample, mean over its latent, (B,) float32 (Ho et al. 2020, equation 14)."""
-    error = (prediction_BChw.float() - batch.target_BChw).square().flatten(1).mean(1)
-    return batch.weight_B * error
+def mean_squared(prediction_BChw: Tensor, batch: Noised, counts: Tensor | None = None) -> Tensor:
+    """Weighted squared error per sample, mean over its latent, (B,) float32 (Ho et al. 2020, equation 14).
+
+    Args:
+        counts: 1 where a number of the latent counts and 0 where it does not, broadcastable to it; at least one counts.
+    """
+    error = (prediction_BChw.float() - batch.target_BChw).square()
+    if counts is None:
+        return batch.weight_B * error.flatten(1).mean(1)
+    counts = counts.float().expand_as(error)
+    return batch.weight_B * (error * counts).flatten(1).sum(1) / counts.flatten(1).sum(1)
 
 
 def offset_noise(noise_BChw: Tensor, offset_BC: Tensor, strength: float) -> Tensor:
@@ -44,4 +51,5 @@ def offset_noise(noise_BChw: Tensor, offset_BC: Tensor, strength: float) -> Tens
 
     Guttenberg 2023, "Diffusion with offset noise". `offset_BC` is standard normal.
     """
-    return noise_BChw + strength * offset_BC[:, :, None, None]
+    like = (len(offset_BC), *[1] * (noise_BChw.ndim - 4), -1, 1, 1)  # the frames of a clip share it
+    return noise_BChw + strength * offset_BC.view(like)

@@ -17,18 +17,20 @@ from latentray.config.bounds import CLAMP, IDENTITY, THRESHOLD
 from latentray.config.objective import SCHEDULES
 from latentray.diffusion import solvers, spacing
 from latentray.diffusion.executor import Slots, Table, execute
-from latentray.diffusion.schedules import AnySchedule, DiscreteVP, RectifiedFlow, VarianceExploding
+from latentray.diffusion.schedules import AnySchedule, DiscreteVP, RectifiedFlow, Unnoised, VarianceExploding
 from latentray.errors import ConfigError
 
 _SOLVERS: dict[type, dict[str, solvers.Solver]] = {
     DiscreteVP: solvers.DISCRETE,
     RectifiedFlow: solvers.FLOW,
     VarianceExploding: solvers.EXPLODING,
+    Unnoised: solvers.UNNOISED,
 }
 _PREDICTIONS: dict[type, tuple[str, ...]] = {
     DiscreteVP: ("epsilon", "v", "x0"),
     RectifiedFlow: ("flow",),
     VarianceExploding: ("edm", "epsilon", "x0"),
+    Unnoised: ("x0",),
 }
 _BOUNDS = (IDENTITY, CLAMP, THRESHOLD)
 _VARIANTS = ("bh1", "bh2")
@@ -70,7 +72,8 @@ def table(
             where="schedule",
             mend=f"Build one with schedules.build: {', '.join(SCHEDULES)}.",
         )
-    known = _SOLVERS[type(schedule)] | (solvers.FOR_PARITY if not isinstance(schedule, RectifiedFlow) else {})
+    compatible = isinstance(schedule, DiscreteVP | VarianceExploding)
+    known = _SOLVERS[type(schedule)] | (solvers.FOR_PARITY if compatible else {})
     if name not in known:
         raise ConfigError(
             f"Sampler {name!r} does not apply here.", where="sampler", mend=f"Use one of {', '.join(names(schedule))}."
@@ -111,7 +114,7 @@ def on_grid(
         )
     if stop is not None and stop < grid.steps:
         grid = spacing.Grid(alpha=grid.alpha[: stop + 1], sigma=grid.sigma[: stop + 1], t=grid.t[: stop + 1])
-    every = solvers.DISCRETE | solvers.EXPLODING | solvers.FLOW | solvers.FOR_PARITY
+    every = solvers.DISCRETE | solvers.EXPLODING | solvers.FLOW | solvers.UNNOISED | solvers.FOR_PARITY
     return every[name](grid, prediction, options or solvers.Options(), start)
 
 

@@ -95,10 +95,22 @@ class VarianceExploding:
         return TIME_PER_LOG_SIGMA * torch.log(s.double())
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unnoised:
+    """No noise and no signal, at every t: x_t = 0. What predicts x_0 of it is a regression on the conditions."""
+
+    timesteps: int = 1
+    """A single step is all there is to take."""
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        nothing = torch.zeros(t.shape, dtype=torch.float64, device=t.device)
+        return nothing, nothing
+
+
 TIME_PER_LOG_SIGMA = 250.0
 """c_noise = ln(sigma) / 4 (Karras et al. 2022, table 1), times 1000."""
 
-AnySchedule = DiscreteVP | RectifiedFlow | VarianceExploding
+AnySchedule = DiscreteVP | RectifiedFlow | VarianceExploding | Unnoised
 
 
 def zero_terminal_snr(schedule: DiscreteVP) -> DiscreteVP:
@@ -146,6 +158,8 @@ def build(config: ObjectiveConfig) -> AnySchedule:
             sigma_data=config.sigma_data,
             timesteps=config.timesteps,
         )
+    if config.schedule == "unnoised":
+        return Unnoised()
     schedule = _DISCRETE[config.schedule](config.timesteps)
     return zero_terminal_snr(schedule) if config.zero_terminal_snr else schedule
 

@@ -298,6 +298,13 @@ def langevin(grid: Grid, prediction: str, options: Options, start: int) -> Table
     return rows.table(start)
 
 
+def direct(grid: Grid, prediction: str, options: Options, start: int) -> Table:
+    """The network's estimate of x_0 itself: x' = y."""
+    rows = _Rows(grid, prediction)
+    rows.add_raw(start, am=1.0, py=1.0)
+    return rows.table(start)
+
+
 Solver = Callable[[Grid, str, Options, int], Table]
 DISCRETE: dict[str, Solver] = {
     "ddpm": ancestral,
@@ -320,4 +327,5 @@ EXPLODING: dict[str, Solver] = {
     "langevin": langevin,
 }
 FLOW: dict[str, Solver] = {"flow_euler": euler, "flow_heun": flow_heun, "dpmpp_2m": dpmpp_2m, "unipc": unipc}
+UNNOISED: dict[str, Solver] = {"direct": direct}
 FOR_PARITY: dict[str, Solver] = {"dpmpp_3m_compat": dpmpp_3m_compat}

@@ -5,6 +5,7 @@ leading    1, 1 + T/N, ...: Stable Diffusion 1.x's, which never visits the noisi
 linspace   T-1 to 0 in N points; flow: 1 to 1/T
 karras     sigma^(1/7) in equal parts (Karras et al. 2022, equation 5)
 geometric  ln(sigma) in equal parts (Song & Ermon 2019)
+once       the one step of a regression
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from latentray.diffusion.schedules import AnySchedule, DiscreteVP, RectifiedFlow, VarianceExploding
+from latentray.diffusion.schedules import AnySchedule, DiscreteVP, RectifiedFlow, Unnoised, VarianceExploding
 from latentray.errors import ConfigError
 
 _RHO = 7.0
@@ -94,6 +95,12 @@ def _flow_linspace(schedule: RectifiedFlow, steps: int) -> Grid:
     return _flow_of(torch.linspace(1, 1 / schedule.timesteps, steps, dtype=torch.float64), schedule)
 
 
+def _flow_sd3(schedule: RectifiedFlow, steps: int) -> Grid:
+    """As SD 3's reference code and diffusers: down to the schedule's own smallest level, which is shifted once more."""
+    smallest = float(schedule.shifted(torch.tensor(1 / schedule.timesteps, dtype=torch.float64)))
+    return _flow_of(torch.linspace(1, smallest, steps, dtype=torch.float64), schedule)
+
+
 def _ve_karras(schedule: VarianceExploding, steps: int) -> Grid:
     return _to_clean(schedule, schedule.time_of(_karras_sigmas(schedule.sigma_min, schedule.sigma_max, steps)))
 
@@ -104,10 +111,15 @@ def _ve_geometric(schedule: VarianceExploding, steps: int) -> Grid:
     return _to_clean(schedule, schedule.time_of(s))
 
 
+def _once(schedule: Unnoised, steps: int) -> Grid:
+    return _to_clean(schedule, torch.zeros(steps, dtype=torch.int64))
+
+
 _SPACINGS: dict[type, dict[str, Callable[..., Grid]]] = {
     DiscreteVP: {"trailing": _trailing, "leading": _leading, "linspace": _linspace, "karras": _karras},
-    RectifiedFlow: {"trailing": _flow_trailing, "linspace": _flow_linspace},
+    RectifiedFlow: {"trailing": _flow_trailing, "linspace": _flow_linspace, "sd3": _flow_sd3},
     VarianceExploding: {"karras": _ve_karras, "geometric": _ve_geometric},
+    Unnoised: {"once": _once},
 }
 
 

@@ -8,18 +8,21 @@ import torch
 from torch import Tensor
 
 from latentray.config.objective import ObjectiveConfig
-from latentray.diffusion.schedules import TIME_PER_LOG_SIGMA, AnySchedule, DiscreteVP, VarianceExploding
+from latentray.diffusion.schedules import TIME_PER_LOG_SIGMA, AnySchedule, DiscreteVP, Unnoised, VarianceExploding
 
 _EDGE = 1e-5
 
 
 def from_uniform(config: ObjectiveConfig, schedule: AnySchedule, u_B: Tensor) -> Tensor:
-    """Uniform numbers in [0, 1) -> timesteps: int64 in 0 ... T-1 for discrete schedules, float64 for the continuous ones.
+    """Uniform numbers in [0, 1) -> timesteps: int64 in 0 ... T-1 for discrete schedules, float64 for the continuous ones; 0
+    without noise.
 
     uniform: in t, for variance-exploding in ln(sigma). For flow, logit_normal is sigmoid(N(m, s)) and mode is equation 20
     (Esser et al. 2024, section 3.1). For variance-exploding, log_normal is sigma = exp(N(m, s)) (Karras et al. 2022, table 1).
     Normal draws come from u by the inverse normal CDF.
     """
+    if isinstance(schedule, Unnoised):
+        return torch.zeros_like(u_B, dtype=torch.int64)
     if isinstance(schedule, DiscreteVP):
         return (u_B.double() * schedule.timesteps).long().clamp(max=schedule.timesteps - 1)
     u = u_B.double().clamp(_EDGE, 1 - _EDGE)
@@ -63,6 +66,8 @@ def _van_der_corput(n_B: Tensor) -> Tensor:
 
 def fixed(schedule: AnySchedule, count: int = 8) -> Tensor:
     """The middles of `count` equal parts of the range: where the held-out loss is measured."""
+    if isinstance(schedule, Unnoised):
+        return torch.zeros(1, dtype=torch.int64)
     u = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     if isinstance(schedule, DiscreteVP):
         return (u * schedule.timesteps).long()

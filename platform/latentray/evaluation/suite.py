@@ -6,16 +6,19 @@ import json
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from latentray.checkpoint import manifest, store
 from latentray.config import compose
 from latentray.config.evaluate import Evaluate
-from latentray.data import synthetic
+from latentray.data import sample_facts, synthetic
 from latentray.data.shards import IndexedShards
+from latentray.errors import ConfigError
 from latentray.evaluation import autoencoders, feature_networks, heldout, metrics, pixel_checker
-from latentray.inference.sampling import SamplingRequest, TextToImage
+from latentray.inference.examples import example
+from latentray.inference.sampling import TextToImage
 from latentray.randomness import Purpose, mix
 from latentray.registry.report import EvaluationReport, FeatureNetworkId, SamplerSettings
 from latentray.reporting import pictures
@@ -34,6 +37,8 @@ def evaluate(config: Evaluate) -> str:
     training, validation = (IndexedShards.open(store.join(data, split)) for split in ("train", "validation"))
     validation.verify()
     model = TextToImage.load(model_uri, device=config.device)
+    if model.frames:
+        raise ConfigError("The model draws clips.", where="suite", mend="Use suite=clips.")
     settings = SamplerSettings(
         sampler=config.sampler or model.defaults.sampler,
         steps=model.defaults.steps if config.steps is None else config.steps,
@@ -42,8 +47,13 @@ def evaluate(config: Evaluate) -> str:
     limit = max(config.samples, config.heldout_samples)
     originals = autoencoders.load_pictures(validation, model.size, limit=limit)
     captions = autoencoders.load_captions(validation, limit=limit)
+    labels = None
+    if model.classes is not None:
+        sample_facts.require_labels([validation], classes=model.classes)
+        labels = autoencoders.load_labels(validation, limit=limit)
+    first = slice(config.heldout_samples)
     figures = heldout.loss(
-        model, originals[: config.heldout_samples], captions[: config.heldout_samples], seed=config.seed
+        model, originals[first], captions[first], seed=config.seed, labels=None if labels is None else labels[first]
     )
     network = feature_networks.of_dataset(
         store.join(data, "feature_network"), training, model.size, inception_weights=config.inception
@@ -54,12 +64,18 @@ def evaluate(config: Evaluate) -> str:
     model.autoencoder.to(model.dtype)
     figures |= {f"autoencoder.{name}": value for name, value in card.items()}
 
-    is_shapes = validation.manifest.meta.get("source") == "shapes"
+    is_shapes = validation.manifest.meta.get("source") == "shapes" and not model.makes_larger and labels is None
     kinds = [kind for kind in synthetic.KINDS for _ in range(config.per_kind)] if is_shapes else []
     unseen = [kind for kind in synthetic.UNSEEN for _ in range(config.per_unseen_kind)] if is_shapes else []
     wanted = [synthetic.caption(kind) for kind in kinds] or captions[: config.samples]
     asked = [*wanted, *(synthetic.caption(kind) for kind in unseen)]
-    drawn = draw(model, asked, settings, seed=config.seed, batch_size=config.batch_size)
+    given = [] if is_shapes else list(originals)
+    drawn = draw(
+        model, asked, settings, seed=config.seed, batch_size=config.batch_size, originals=given, labels=labels or ()
+    )
+    if model.makes_larger:
+        each = metrics.psnr(torch.from_numpy(drawn) / 255, torch.from_numpy(originals[: len(drawn)]) / 255)
+        figures["super_resolution.psnr"] = float(each.mean())
     figures |= distribution(network, originals, drawn[: len(wanted)], seed=config.seed)
     if is_shapes:
         figures |= shapes_figures(drawn[: len(kinds)], kinds, drawn[len(kinds) :], unseen)
@@ -85,21 +101,34 @@ def evaluate(config: Evaluate) -> str:
 
 
 def draw(
-    model: TextToImage, captions: Sequence[str], settings: SamplerSettings, *, seed: int, batch_size: int
+    model: TextToImage,
+    captions: Sequence[str],
+    settings: SamplerSettings,
+    *,
+    seed: int,
+    batch_size: int,
+    originals: Sequence[np.ndarray] = (),
+    labels: Sequence[int] = (),
 ) -> np.ndarray:
-    """One picture per caption, uint8 (N,H,W,3); picture i's seed is a hash of (seed, i)."""
+    """One picture per caption, uint8 (N,H,W,3); picture i's seed is a hash of (seed, i).
+
+    Args:
+        originals: what the first captions are of, for a model that is given more than a caption.
+        labels: theirs, for a model of classes.
+    """
     drawn = []
     with Progress(len(captions), "drawing") as progress:
         for i in range(0, len(captions), batch_size):
             requests = [
-                SamplingRequest(
-                    prompt=caption,
+                example(
+                    model,
+                    caption,
+                    seed=mix(seed, Purpose.DRAWING, i + j) >> 1,
+                    label=labels[i + j] if i + j < len(labels) else None,
+                    original_HWC=originals[i + j] if i + j < len(originals) else None,
+                    sampler=settings.sampler,
                     steps=settings.steps,
                     guidance_scale=settings.guidance_scale,
-                    seed=mix(seed, Purpose.DRAWING, i + j) >> 1,
-                    sampler=settings.sampler,
-                    height=model.size,
-                    width=model.size,
                 )
                 for j, caption in enumerate(captions[i : i + batch_size])
             ]

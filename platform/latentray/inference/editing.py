@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from latentray.conditioning import beside
 from latentray.diffusion.executor import Table
+from latentray.errors import ConfigError
 from latentray.inference.requests import SamplingRequest
 
 if TYPE_CHECKING:
     from latentray.inference.sampling import TextToImage
-
-_GRAY = 127
-"""What the masked part of a picture is filled with: the zero of the network's input range."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,8 +75,8 @@ def encode(model: TextToImage, request: SamplingRequest) -> Edit:
     masked = None
     if model.takes_mask:
         painted = np.ones((request.height, request.width), bool) if painted is None else painted
-        base = np.full((*painted.shape, 3), _GRAY, np.uint8) if picture is None else picture
-        masked = model.encode(np.where(painted[:, :, None], np.uint8(_GRAY), base))
+        base = np.zeros((*painted.shape, 3), np.uint8) if picture is None else picture
+        masked = model.encode(base, painted)
     small = None
     if painted is not None:  # a latent pixel that touches the part to paint is painted
         wide = torch.from_numpy(painted.astype(np.float32))[None, None]
@@ -88,6 +87,34 @@ def encode(model: TextToImage, request: SamplingRequest) -> Edit:
         masked_Chw=masked,
         strength=request.strength if picture is not None else 1.0,
     )
+
+
+def channels(model: TextToImage, requests: Sequence[SamplingRequest], edits: Sequence[Edit]) -> Tensor | None:
+    """(B, channels, h, w): what the model sees beside the noisy latents; None for a model that sees nothing more."""
+    if model.takes_mask:
+        return torch.stack([one.channels() for one in edits]).to(model.dtype)
+    if model.makes_larger:
+        shape = [side // model.downsampling for side in (requests[0].height, requests[0].width)]
+        small = [model.pixels(one.small_HWC) for one in requests if one.small_HWC is not None]
+        return torch.cat([beside.super_resolution(one, shape) for one in small])
+    return None
+
+
+def require_small(model: TextToImage, request: SamplingRequest) -> None:
+    """Raise ConfigError unless a super-resolution model, and no other, gets a small picture, of its size."""
+    factor, given = model.makes_larger, request.small_HWC
+    if (given is not None) != bool(factor):
+        raise ConfigError(
+            "This model makes a small picture larger." if factor else "This model makes no picture larger.",
+            where="small",
+            mend="Give one." if factor else "Leave it out.",
+        )
+    if given is not None and tuple(side * factor for side in given.shape[:2]) != (request.height, request.width):
+        raise ConfigError(
+            f"The small picture is {given.shape[1]}x{given.shape[0]}, and {request.width}x{request.height} is to be drawn.",
+            where="small",
+            mend=f"Draw {given.shape[1] * factor}x{given.shape[0] * factor}.",
+        )
 
 
 def keep_outside(drawn_BHWC: np.ndarray, requests: Sequence[SamplingRequest]) -> np.ndarray:

@@ -3,7 +3,8 @@
 config.json              architecture, objective, latent scale, sampling defaults, native size
 denoiser.safetensors     EMA weights
 autoencoder.safetensors  EMA weights
-text_encoder/            config.json, model.safetensors, tokenizer.json, tokenizer_config.json
+text_encoders/<name>/    config.json, model.safetensors, tokenizer.json, tokenizer_config.json; none without text; of a vision
+                         encoder preprocessor_config.json instead of a tokenizer's files, of a tokenizer alone only those
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,17 @@ from torch import Tensor
 
 from latentray import build
 from latentray.checkpoint import manifest, weights
-from latentray.conditioning import text
+from latentray.conditioning import encoders
+from latentray.conditioning.encoders import Encoder, Reading
 from latentray.config.autoencoder import AutoencoderConfig
+from latentray.config.beside import BesideConfig
 from latentray.config.denoiser import DenoiserConfig
 from latentray.config.objective import ObjectiveConfig
 from latentray.errors import ArtifactError
 from latentray.models.autoencoder import KLAutoencoder, LatentScale
 
-FORMAT = 1
+FORMAT = 2
+"""1 had one text encoder, in text_encoder/; it is read too."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,8 @@ class SamplingDefaults:
     sampler: str
     steps: int
     guidance_scale: float
+    spacing: str | None = None
+    """Which noise levels are visited; None for the schedule's default."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -48,9 +54,17 @@ class Model:
     scale: LatentScale
     denoiser: build.Denoiser
     objective: ObjectiveConfig
-    text_encoder: text.TextEncoder
+    text_encoders: tuple[Encoder, ...]
+    """In the order that the denoiser combines them in."""
     defaults: SamplingDefaults
     size: int
+    beside: BesideConfig = dataclasses.field(default_factory=BesideConfig)
+    """What the denoiser sees beside its latent."""
+    frames: int = 0
+    """Of the clips it learnt from; 0 for a model of pictures."""
+    fps: float = 0.0
+    classes: tuple[str, ...] = ()
+    """Names of the class labels, in their order; none where they have no names."""
 
 
 def write(
@@ -62,16 +76,20 @@ def write(
     denoiser_config: DenoiserConfig,
     denoiser_state: Mapping[str, Tensor],
     objective: ObjectiveConfig,
-    text_encoder: text.TextEncoder,
+    text_encoders: Sequence[Encoder],
     defaults: SamplingDefaults,
     size: int,
+    beside: BesideConfig | None = None,
+    frames: int = 0,
+    fps: float = 0.0,
+    classes: Sequence[str] = (),
 ) -> None:
     """Write a model folder's files locally, ready for `manifest.publish(kind="model")`."""
-    (folder / "text_encoder").mkdir(parents=True)
-    for name in text.FILES:
-        source = text_encoder.folder / name
-        if source.exists():
-            shutil.copyfile(source, folder / "text_encoder" / name)
+    for encoder in text_encoders:
+        into = folder / "text_encoders" / encoder.name
+        into.mkdir(parents=True)
+        for name in encoder.files():
+            shutil.copyfile(encoder.folder / name, into / name)
     shutil.copyfile(autoencoder_weights, folder / "autoencoder.safetensors")
     weights.save(folder / "denoiser.safetensors", denoiser_state)
     config: dict[str, Any] = {
@@ -79,10 +97,16 @@ def write(
         "autoencoder": build.as_dict(autoencoder_config) | dataclasses.asdict(scale),
         "denoiser": build.as_dict(denoiser_config),
         "objective": build.as_dict(objective),
-        "text_encoder": {"name": text_encoder.name, "fingerprint": text_encoder.fingerprint},
+        "text_encoders": [
+            {"name": one.name, "fingerprint": one.fingerprint} | dataclasses.asdict(one.reading)
+            for one in text_encoders
+        ],
         "sampling": dataclasses.asdict(defaults),
         "size": size,
-    }
+        "beside": dataclasses.asdict(beside or BesideConfig()),
+    } | ({"frames": frames, "fps": fps} if frames else {})
+    if denoiser_config.classes is not None and classes:
+        config["classes"] = list(classes)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -97,17 +121,23 @@ def load(uri: str) -> Model:
             f"A model is wanted here, and this is a {found.kind}.", where=uri, mend="Give another path."
         )
     config = json.loads(files["config.json"].read_text())
-    if config.get("format") != FORMAT:
+    if config.get("format") not in (1, FORMAT):
         raise ArtifactError(
-            f"The model has format {config.get('format')!r}.", where=uri, mend=f"Format {FORMAT} is read here."
+            f"The model has format {config.get('format')!r}.", where=uri, mend=f"Formats 1 and {FORMAT} are read here."
+        )
+    if config["denoiser"].get("family") == "video" and not config.get("frames"):
+        raise ArtifactError(
+            "The model draws clips, and does not say of how many frames.", where=uri, mend="Export it again."
+        )
+    if "policy" in config:
+        raise ArtifactError(
+            "The model gives actions and draws nothing.",
+            where=uri,
+            mend="Ask it for actions: jobs.evaluate suite=policy, or POST /v1/actions.",
         )
     described = dict(config["autoencoder"])
     scale = LatentScale(shift=described.pop("shift"), scale=described.pop("scale"))
-    with tempfile.TemporaryDirectory(prefix="latentray-text-") as folder:
-        for name in text.FILES:
-            if f"text_encoder/{name}" in files:
-                shutil.copyfile(files[f"text_encoder/{name}"], Path(folder) / name)
-        encoder = text.load(folder, name=config["text_encoder"]["name"])
+    listed = config["text_encoders"] if config["format"] == FORMAT else [config["text_encoder"]]
     return Model(
         digest=found.digest,
         autoencoder=build.autoencoder(
@@ -118,7 +148,24 @@ def load(uri: str) -> Model:
             DenoiserConfig(**config["denoiser"]), weights.read(files["denoiser.safetensors"]), where=uri
         ),
         objective=ObjectiveConfig(**config["objective"]),
-        text_encoder=encoder,
+        text_encoders=tuple(_text_encoder(one, files) for one in listed),
         defaults=SamplingDefaults(**config["sampling"]),
         size=config["size"],
+        beside=BesideConfig(**config.get("beside", {})),
+        frames=config.get("frames", 0),
+        fps=config.get("fps", 0.0),
+        classes=tuple(config.get("classes", ())),
     )
+
+
+def _text_encoder(described: Mapping[str, Any], files: Mapping[str, Path]) -> Encoder:
+    """transformers reads one folder, and cached files of a remote artifact lie in one each."""
+    inside = {f"text_encoders/{described['name']}", "text_encoder"}
+    with tempfile.TemporaryDirectory(prefix="latentray-text-") as folder:
+        for name, path in files.items():
+            if name.rpartition("/")[0] in inside:
+                shutil.copyfile(path, Path(folder) / Path(name).name)
+        reading = {
+            field.name: described[field.name] for field in dataclasses.fields(Reading) if field.name in described
+        }
+        return encoders.load(folder, name=described["name"], reading=Reading(**reading))

@@ -40,7 +40,7 @@ def latents(base: TextToImage, refiner: TextToImage, requests: Sequence[Sampling
 
 def hand_over(model: TextToImage, request: SamplingRequest, *, at: float) -> int:
     """The first interval of a request's steps whose noise level is `at` or less."""
-    grid = spacing.grid(model.schedule, request.steps, request.spacing)
+    grid = spacing.grid(model.schedule, request.steps, request.spacing or model.defaults.spacing)
     share = grid.sigma / (grid.alpha + grid.sigma)
     stop = int((share[: grid.steps] > at).sum())
     if not 0 < stop < grid.steps:

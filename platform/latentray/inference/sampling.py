@@ -12,16 +12,21 @@ import torch
 from torch import Tensor
 
 from latentray import build, randomness
-from latentray.conditioning.denoiser_inputs import conditions, size_of
-from latentray.diffusion import guidance, samplers, schedules
+from latentray.conditioning import beside, images
+from latentray.conditioning.denoiser_inputs import Told, size_of, told
+from latentray.conditioning.encoders import CaptionEncoder, ImageEncoder
+from latentray.diffusion import guidance, samplers, schedules, variance
 from latentray.diffusion.executor import Slots, Table
 from latentray.diffusion.schedules import RectifiedFlow
 from latentray.errors import ConfigError
 from latentray.inference import editing, model_folder
 from latentray.inference.model_folder import Model, SamplingDefaults
-from latentray.inference.requests import SampledPicture, SamplingRequest
+from latentray.inference.placement import Placement
+from latentray.inference.requests import SampledPicture, SamplingRequest, label_of
+from latentray.models.tiling import decode_in_strips
+from latentray.models.unet import UNet
 from latentray.randomness import Purpose
-from latentray.records import TextEmbedding
+from latentray.records import Conditions, TextEmbedding
 
 __all__ = ["SampledPicture", "SamplingRequest", "TextToImage"]
 
@@ -33,22 +38,32 @@ class TextToImage:
     initial latent and every fresh noise are keyed by the request's seed.
     """
 
-    def __init__(self, model: Model, *, device: str = "auto", dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, model: Model, *, device: str = "auto", dtype: torch.dtype | None = None, offload: bool = False
+    ) -> None:
+        """
+        Args:
+            offload: keep each part on the device for its turn alone, and decode in strips (`models.tiling`): less memory, more
+                time.
+        """
         self.device = build.device(device)
+        self.placement = Placement(self.device, offload=offload)
         self.dtype = dtype or _fast_dtype(self.device)
         self.model = model
         self.schedule = schedules.build(model.objective)
         # Convolutions in bf16 are fastest with channels last, on GPUs and on CPUs with bf16 matrix units.
         layout = torch.channels_last if self.dtype == torch.bfloat16 else torch.contiguous_format
-        self.denoiser = model.denoiser.to(self.device, self.dtype, memory_format=layout)
-        self.autoencoder = model.autoencoder.to(self.device, self.dtype)
-        model.text_encoder.model.to(self.device)
-        self._embeddings: collections.OrderedDict[str, TextEmbedding] = collections.OrderedDict()
+        self.denoiser = model.denoiser.to(self.dtype, memory_format=layout)
+        self.autoencoder = model.autoencoder.to(self.dtype)
+        self.placement.place(self.denoiser, self.autoencoder, *(one.model for one in model.text_encoders))
+        self.classifier: guidance.Classifier | None = None
+        """Of noisy latents, for requests with a `classifier_scale`; set by whoever has one."""
+        self._embeddings: collections.OrderedDict[str, tuple[TextEmbedding, ...]] = collections.OrderedDict()
 
     @classmethod
-    def load(cls, uri: str, *, device: str = "auto") -> TextToImage:
+    def load(cls, uri: str, *, device: str = "auto", offload: bool = False) -> TextToImage:
         """Load a model or release folder, verified by its manifest."""
-        return cls(model_folder.load(uri), device=device)
+        return cls(model_folder.load(uri), device=device, offload=offload)
 
     @property
     def defaults(self) -> SamplingDefaults:
@@ -58,6 +73,35 @@ class TextToImage:
     def size(self) -> int:
         """Native height and width in pixels."""
         return self.model.size
+
+    @property
+    def frames(self) -> int:
+        """Of the clips it learnt from; 0 for a model of pictures."""
+        return self.model.frames
+
+    @property
+    def fps(self) -> float:
+        """Frames per second of its clips; 0 for a model of pictures."""
+        return self.model.fps
+
+    @property
+    def takes_like(self) -> bool:
+        """Whether it can be given a picture to draw variations of."""
+        return any(isinstance(one, ImageEncoder) for one in self.model.text_encoders)
+
+    @property
+    def classes(self) -> int | None:
+        """How many classes it draws; None for a model that knows none."""
+        return self.denoiser.config.classes
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Theirs, in their order; none where they have no names."""
+        return self.model.classes
+
+    def name_of(self, label: int) -> str:
+        """Of a class, or its number where it has no name."""
+        return self.class_names[label] if 0 <= label < len(self.class_names) else str(label)
 
     @property
     def downsampling(self) -> int:
@@ -73,21 +117,28 @@ class TextToImage:
         return self.schedule.timesteps
 
     @property
+    def makes_larger(self) -> int:
+        """The factor of a super-resolution model; 0 for others."""
+        told = self.model.beside
+        return told.factor if told.kind == "super_resolution" else 0
+
+    @property
     def takes_mask(self) -> bool:
         """Whether the denoiser was made for inpainting: latent, mask and masked picture as 2 C + 1 channels."""
         return self.denoiser.config.in_channels == 2 * self.autoencoder.config.latent_channels + 1
 
     @torch.inference_mode()
     def sample(self, requests: Sequence[SamplingRequest]) -> list[SampledPicture]:
-        """Draw a batch. Samplers, steps, guidance, seeds and edits may differ; height and width must be the same.
+        """Draw a batch. Samplers, steps, guidance, seeds and edits may differ; size and frames must be the same.
 
-        Raises ConfigError for mixed sizes, a size the autoencoder cannot divide, or a sampler that does not fit.
+        Raises ConfigError for mixed sizes, a size the autoencoder cannot divide, frames where the model draws pictures or
+        none where it draws clips, or a sampler that does not fit.
         """
         pixels = editing.keep_outside(self.decode(self.latents(requests)), requests)
         return [
             SampledPicture(
                 pixels_HWC=p,
-                truncated=self.model.text_encoder.is_truncated(r.prompt),
+                truncated=self.is_truncated(r.prompt),
                 warnings=self._warnings(r),
             )
             for p, r in zip(pixels, requests, strict=True)
@@ -95,7 +146,12 @@ class TextToImage:
 
     def check(self, request: SamplingRequest) -> None:
         """Raises ConfigError, as `sample` would, without drawing."""
+        if request.label is not None:
+            label_of(request.label, self.classes)
+        self._require_like([request.like_HWC])
+        self._require_classifier(request)
         self._latent_shape([request])
+        editing.require_small(self, request)
         self._table(request, None, None)
 
     @torch.inference_mode()
@@ -107,13 +163,15 @@ class TextToImage:
         stop: int | None = None,
         begin_with: Tensor | None = None,
     ) -> Tensor:
-        """Normalised latents of a batch of requests, (B,C,h,w) float32.
+        """Normalised latents of a batch of requests, (B,C,h,w) float32; of clips (B,T,C,h,w).
 
         Args:
             start, stop: run only these intervals of each request's steps: one model of several (see `refinement`).
             begin_with: the noisy latents another model stopped at; wanted with `start`.
         """
         shape = self._latent_shape(requests)
+        for request in requests:
+            self._require_classifier(request)
         edits = editing.encode_all(self, requests)
         tables = [self._table(r, start, stop) for r in requests]
         seeds = [r.seed for r in requests]
@@ -124,20 +182,24 @@ class TextToImage:
             slots.admit(i, table, begin[i] if begin_with is not None else edit.begin(table, noise[i]))
         scales = [self._scales(r, table) for r, table in zip(requests, tables, strict=True)]
         guided = _Guided(self, requests, edits)
+        if self.model.objective.learned_variance:
+            guided.learned = variance.LearnedNoise(self.schedule, tables, [r.sampler for r in requests])
 
         def fresh_noise(rows: Sequence[int], row: int) -> Tensor:
             # Counted from the first interval of the whole sampling: a refiner does not draw the base's noise again.
             keys = randomness.keys_from_seeds(
                 [seeds[i] for i in rows], Purpose.SAMPLER_NOISE, counter=(start or 0) + row
             )
-            return randomness.normal(keys, shape)
+            drawn = randomness.normal(keys, shape)
+            return drawn if guided.learned is None else guided.learned.widened(drawn, rows, row)
 
-        while active := slots.unfinished():
-            now = [scales[i][slots.row(i)] for i in active]
-            slots.advance(active, functools.partial(guided, scales=now), fresh_noise)
-            for i in active:
-                if edits[i].mask_hw is not None:
-                    edits[i].restore(slots.x[i], noise[i], *self._level(tables[i], slots.row(i)))
+        with self.placement.at_work(self.denoiser):
+            while active := slots.unfinished():
+                now = [scales[i][slots.row(i)] for i in active]
+                slots.advance(active, functools.partial(guided, scales=now, active=active), fresh_noise)
+                for i in active:
+                    if edits[i].mask_hw is not None:
+                        edits[i].restore(slots.x[i], noise[i], *self._level(tables[i], slots.row(i)))
         return slots.x
 
     def _table(self, request: SamplingRequest, start: int | None, stop: int | None) -> Table:
@@ -154,7 +216,7 @@ class TextToImage:
             schedule,
             self.model.objective.prediction,
             request.steps,
-            spacing_name=request.spacing,
+            spacing_name=request.spacing or self.defaults.spacing,
             start=start,
             stop=stop,
             bound=request.bound,
@@ -179,57 +241,180 @@ class TextToImage:
 
     @torch.inference_mode()
     def decode(self, z_BChw: Tensor) -> np.ndarray:
-        """Normalised latents -> pictures, uint8 (B,H,W,3)."""
-        x = self.autoencoder.decode(self.model.scale.restore(z_BChw).to(self.dtype)).float()
+        """Normalised latents -> pictures, uint8 (B,H,W,3); those of clips, (B,T,C,h,w), -> (B,T,H,W,3)."""
+        if z_BChw.ndim == 5:
+            return np.stack([self.decode(z_TChw) for z_TChw in z_BChw])
+        latent = self.model.scale.restore(z_BChw).to(self.dtype)
+        with self.placement.at_work(self.autoencoder):
+            x = (
+                decode_in_strips(self.autoencoder, latent)
+                if self.placement.offload
+                else self.autoencoder.decode(latent)
+            )
+        x = x.float()
         return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
     @torch.inference_mode()
-    def encode(self, pixels_HWC: np.ndarray) -> Tensor:
-        """A picture, uint8 (H,W,3) -> its normalised latent (C,h,w) float32: the posterior's mean."""
-        x = torch.tensor(pixels_HWC).permute(2, 0, 1)[None].to(self.device, self.dtype)
-        return self.model.scale.normalise(self.autoencoder.encode(x / 127.5 - 1).mean_BChw.float())[0]
+    def encode(self, pixels_HWC: np.ndarray, blank_HW: np.ndarray | None = None) -> Tensor:
+        """A picture, uint8 (H,W,3) -> its normalised latent (C,h,w) float32: the posterior's mean.
+
+        Args:
+            blank_HW: True where the picture is to be blank.
+        """
+        x = self.pixels(pixels_HWC)
+        if blank_HW is not None:
+            x = beside.without(x, torch.tensor(blank_HW, device=self.device)[None, None])
+        with self.placement.at_work(self.autoencoder):
+            return self.model.scale.normalise(self.autoencoder.encode(x).mean_BChw.float())[0]
+
+    def pixels(self, pixels_HWC: np.ndarray) -> Tensor:
+        """A picture, uint8 (H,W,3) -> (1,3,H,W) in [-1, 1]."""
+        return torch.tensor(pixels_HWC).permute(2, 0, 1)[None].to(self.device, self.dtype) / 127.5 - 1
 
     def _warnings(self, request: SamplingRequest) -> tuple[str, ...]:
+        found = []
+        if request.frames != self.frames:
+            found.append(
+                f"{request.frames} frames are not the trained {self.frames}: the motion may repeat or break off."
+            )
         small, large = min(request.height, request.width), max(request.height, request.width)
         if small == large == self.size:
-            return ()
+            return tuple(found)
         what = f"{request.width}x{request.height} is not the trained {self.size}x{self.size}: "
         effect = "objects may repeat" if large > self.size else "pictures may be cut off or coarse"
         remedy = "; resolution_shift=true may help" if isinstance(self.schedule, RectifiedFlow) else ""
-        return (what + effect + remedy + ".",)
+        return (*found, what + effect + remedy + ".")
 
-    def _latent_shape(self, requests: Sequence[SamplingRequest]) -> tuple[int, int, int]:
-        sizes = {(r.height, r.width) for r in requests}
+    def _latent_shape(self, requests: Sequence[SamplingRequest]) -> tuple[int, ...]:
+        """(C,h,w), or (T,C,h,w) of clips."""
+        sizes = {(r.height, r.width, r.frames) for r in requests}
         if len(sizes) != 1:
-            raise ConfigError("Requests of one batch must have one size.", where="size", mend="Group them by size.")
-        height, width = sizes.pop()
+            raise ConfigError(
+                "Requests of one batch must have one size and one number of frames.",
+                where="size",
+                mend="Group them by size and frames.",
+            )
+        height, width, frames = sizes.pop()
+        if bool(frames) != bool(self.frames):
+            raise ConfigError(
+                "The model draws clips, and no frames were asked for."
+                if self.frames
+                else f"The model draws pictures, and {frames} frames were asked for.",
+                where="frames",
+                mend=f"Ask for frames={self.frames}, say." if self.frames else "Leave frames out.",
+            )
         f = self.downsampling
         if height % f or width % f or min(height, width) < f:
             raise ConfigError(
                 f"{width}x{height} does not divide by {f}.", where="size", mend=f"Choose multiples of {f}."
             )
-        return self.autoencoder.config.latent_channels, height // f, width // f
+        shape = (self.autoencoder.config.latent_channels, height // f, width // f)
+        return (frames, *shape) if frames else shape
 
-    def embed(self, prompts: Sequence[str]) -> TextEmbedding:
-        """Embeddings of the prompts, each distinct one encoded once and kept for the next request."""
+    def is_truncated(self, prompt: str) -> bool:
+        """True where a text encoder cuts the prompt off."""
+        return any(encoder.is_truncated(prompt) for encoder in self._readers)
+
+    @property
+    def _readers(self) -> list[CaptionEncoder]:
+        """The encoders that read prompts."""
+        return [one for one in self.model.text_encoders if not isinstance(one, ImageEncoder)]
+
+    def embed(
+        self, prompts: Sequence[str], likes: Sequence[np.ndarray | None] | None = None
+    ) -> tuple[TextEmbedding, ...]:
+        """Embeddings by each encoder: of prompts, each distinct one encoded once and kept for the next request, or of pictures.
+
+        Args:
+            likes: what vision encoders are shown, None for nothing.
+        """
+        read = iter(self._read(prompts))
+        likes = likes or [None] * len(prompts)
+        found = [
+            self._seen(one, likes) if isinstance(one, ImageEncoder) else next(read) for one in self.model.text_encoders
+        ]
+        return tuple(one.to(self.device, self.dtype) for one in found)
+
+    def _seen(self, encoder: ImageEncoder, likes: Sequence[np.ndarray | None]) -> TextEmbedding:
+        different = {id(one): one for one in likes if one is not None}
+        rows = {id(None): encoder.nothing()}
+        if different:
+            views = images.views_of([encoder.preprocessing.view(one) for one in different.values()])
+            with self.placement.at_work(encoder.model):
+                embedded = encoder.embed(views)
+            rows |= {key: embedded.rows(slice(i, i + 1)) for i, key in enumerate(different)}
+        return TextEmbedding.joined([rows[id(one)] for one in likes])
+
+    def _read(self, prompts: Sequence[str]) -> list[TextEmbedding]:
+        encoders = self._readers
         missing = sorted({p for p in prompts if p not in self._embeddings})
         if missing:
-            embedded = self.model.text_encoder.embed(missing)
+            with self.placement.at_work(*(encoder.model for encoder in encoders)):
+                embedded = [encoder.embed(missing) for encoder in encoders]
             for i, prompt in enumerate(missing):
-                self._embeddings[prompt] = embedded.rows(slice(i, i + 1))
+                self._embeddings[prompt] = tuple(one.rows(slice(i, i + 1)) for one in embedded)
         kept = [self._embeddings[p] for p in prompts]
         while len(self._embeddings) > 4096:
             self._embeddings.popitem(last=False)
-        return TextEmbedding(
-            tokens_BLD=torch.cat([one.tokens_BLD for one in kept]),
-            mask_BL=torch.cat([one.mask_BL for one in kept]),
-            pooled_BD=torch.cat([one.pooled_BD for one in kept]),
-        ).to(self.device, self.dtype)
+        return [TextEmbedding.joined([one[i] for one in kept]) for i in range(len(encoders))]
 
-    def denoise(self, x: Tensor, t: Tensor, text: TextEmbedding, size_B6: Tensor) -> Tensor:
-        """The network's output for noisy latents and embedded prompts of pictures of these sizes."""
-        told = conditions(self.denoiser.config, text, size_B6.to(x))
-        return self.denoiser(x, t, text.tokens_BLD, **told)
+    def _require_classifier(self, request: SamplingRequest) -> None:
+        if not request.classifier_scale:
+            return
+        if self.classifier is None or request.label is None:
+            raise ConfigError(
+                "There is no classifier of noisy latents."
+                if self.classifier is None
+                else "A classifier draws to a class.",
+                where="classifier_scale" if self.classifier is None else "label",
+                mend="Set classifier_scale=0." if self.classifier is None else "Give its label, or classifier_scale=0.",
+            )
+
+    def _require_like(self, likes: Sequence[np.ndarray | None]) -> None:
+        if any(one is not None for one in likes) and not self.takes_like:
+            raise ConfigError(
+                "The model has no vision encoder, and draws no variations of pictures.",
+                where="like",
+                mend="Leave it out; to change a picture, give it as picture with a strength.",
+            )
+
+    def told(
+        self,
+        prompts: Sequence[str],
+        sizes: Sequence[Sequence[float]],
+        *,
+        labels: Sequence[int | None] | None = None,
+        likes: Sequence[np.ndarray | None] | None = None,
+        channels_BChw: Tensor | None = None,
+    ) -> Told:
+        """What the denoiser is told of pictures to draw: worked out once, and used in every step.
+
+        Args:
+            sizes: the six numbers of each (`size_of`).
+            labels: the class of each, None for none in particular; of models of classes alone.
+            likes: pictures to draw variations of, None for none; of models with a vision encoder alone.
+            channels_BChw: what is set beside the noisy latent.
+
+        Raises ConfigError for a class that the model does not know, and for a picture that it cannot be given.
+        """
+        likes = likes or [None] * len(prompts)
+        self._require_like(likes)
+        classes, labelled = self.classes, None
+        numbers = [classes if one is None else label_of(one, classes) for one in labels or [None] * len(prompts)]
+        if classes is not None:
+            labelled = torch.tensor(numbers, device=self.device)
+        given = Conditions(
+            texts=self.embed(prompts, likes),
+            size_B6=torch.tensor(sizes, dtype=torch.float32, device=self.device),
+            labels_B=labelled,
+            beside_BChw=channels_BChw,
+        )
+        made = told(self.denoiser.config, given).to(self.dtype)
+        if self.denoiser.config.context_layers:
+            assert isinstance(self.denoiser, UNet), "refused by the configuration"
+            with self.placement.at_work(self.denoiser), torch.inference_mode():
+                return made.read_by(self.denoiser.read)
+        return made
 
 
 class _Guided:
@@ -237,26 +422,52 @@ class _Guided:
 
     def __init__(self, model: TextToImage, requests: Sequence[SamplingRequest], edits: Sequence[editing.Edit]) -> None:
         self.model = model
-        self.positive = model.embed([r.prompt for r in requests])
-        self.negative = model.embed([r.negative_prompt for r in requests])
+        self.learned: variance.LearnedNoise | None = None
         sizes = [size_of(r.height, r.width) for r in requests]
-        self.sizes = torch.tensor(sizes, dtype=torch.float32, device=model.device)
+        channels = editing.channels(model, requests, edits)
+        labels = [r.label for r in requests]
+        likes = [r.like_HWC for r in requests]
+        self.positive = model.told(
+            [r.prompt for r in requests], sizes, labels=labels, likes=likes, channels_BChw=channels
+        )
+        self.negative = model.told([r.negative_prompt for r in requests], sizes, channels_BChw=channels)
         self.rescale = torch.tensor([r.guidance_rescale for r in requests], device=model.device)
         self.rescales = any(r.guidance_rescale for r in requests)
-        self.channels = torch.stack([e.channels() for e in edits]).to(model.dtype) if model.takes_mask else None
+        self.pulls = any(r.classifier_scale for r in requests)
+        self.pull = torch.tensor([r.classifier_scale for r in requests], device=model.device)
+        self.labels = torch.tensor([r.label or 0 for r in requests], device=model.device)
 
-    def __call__(self, x: Tensor, t: Tensor, rows: Tensor, *, scales: Sequence[float]) -> Tensor:
-        x = x.to(self.model.dtype)
-        if self.channels is not None:
-            x = torch.cat([x, self.channels[rows]], dim=1)
-        positive, sizes = self.positive.rows(rows), self.sizes[rows]
+    def __call__(self, x: Tensor, t: Tensor, rows: Tensor, *, scales: Sequence[float], active: Sequence[int]) -> Tensor:
+        y = self._guided(x, t, rows, scales=scales, active=active)
+        return self._pulled(y, x, t, rows) if self.pulls else y
+
+    def _pulled(self, y: Tensor, x: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        """Drawn to the classes by the classifier's gradient."""
+        classify, labels = self.model.classifier, self.labels[rows].clone()
+        assert classify is not None, "refused before"
+        gradient = guidance.gradient_of(lambda x_t, t_B: classify(x_t, t_B, labels.clone()), x, t)
+        alpha, sigma = self.model.schedule.alpha_sigma(t)
+        prediction = self.model.model.objective.prediction
+        return guidance.classifier(
+            y.float(), gradient, self.pull[rows], prediction=prediction, alpha_B=alpha, sigma_B=sigma
+        )
+
+    def _guided(self, x: Tensor, t: Tensor, rows: Tensor, *, scales: Sequence[float], active: Sequence[int]) -> Tensor:
+        x, net = x.to(self.model.dtype), self.model.denoiser
+        positive = self.positive.rows(rows)
         if all(scale == 1 for scale in scales):
-            return self.model.denoise(x, t, positive, sizes)
-        text = self.negative.rows(rows).beside(positive)
-        both = self.model.denoise(torch.cat([x, x]), torch.cat([t, t]), text, torch.cat([sizes, sizes]))
-        without, with_text = both.float().chunk(2)
+            return self._prediction(positive.call(net, x, t), active)
+        both = self.negative.rows(rows).beside(positive).call(net, torch.cat([x, x]), torch.cat([t, t]))
+        without, with_text = self._prediction(both.float(), [*[-1] * len(active), *active]).chunk(2)
         guided = guidance.classifier_free(without, with_text, torch.tensor(scales).to(x.device, non_blocking=True))
         return guidance.rescale(guided, with_text, self.rescale[rows]) if self.rescales else guided
+
+    def _prediction(self, y: Tensor, active: Sequence[int]) -> Tensor:
+        """What the sampler's rows read of an output; a learned variance is that with the conditions, and not guided."""
+        y, v = variance.split(self.model.model.objective, y)
+        if v is not None and self.learned is not None:
+            self.learned.note(v, active)
+        return y
 
 
 def _fast_dtype(device: torch.device) -> torch.dtype:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentray.errors import ConfigError
+from latentray.models.fused_norm import silu_of_norm
 
 _FAST_FROM = 1024
 """Pixels from which torch's own GroupNorm in channels_last is vectorised."""
@@ -61,11 +62,11 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x_BCHW: Tensor, time_BD: Tensor | None = None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x_BCHW)))
+        h = self.conv1(silu_of_norm(self.norm1, x_BCHW))
         if self.time is not None:
             assert time_BD is not None
             h = h + self.time(F.silu(time_BD))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(silu_of_norm(self.norm2, h, inplace=True))
         return self.skip(x_BCHW) + h
 
 

@@ -12,16 +12,19 @@ from torch.utils.checkpoint import checkpoint
 
 from latentray.config.denoiser import DenoiserConfig
 from latentray.models.attention import SpatialTransformer
+from latentray.models.context_encoder import ContextEncoder
 from latentray.models.embeddings import AddedConditions, ClassEmbedding, required, sinusoidal_embedding
+from latentray.models.fused_norm import silu_of_norm
 from latentray.models.layers import Downsample, ResBlock, Upsample, group_norm
 
 _EPS = 1e-5
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
     """A residual block, a spatial transformer where the level has one, and a change of resolution at a level's end.
 
-    The change of resolution is the network's to apply: a skip connection may come before it.
+    The change of resolution is the network's to apply: a skip connection may come before it. A video network puts a layer
+    over time behind either (`models/video.py`); `positions_BT` are its frames'.
     """
 
     def __init__(
@@ -29,10 +32,23 @@ class _Block(nn.Module):
     ) -> None:
         super().__init__()
         self.res, self.transformer, self.resample = res, transformer, resample
+        self.temporal_convolution: nn.Module | None = None
+        self.temporal_attention: nn.Module | None = None
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor | None, skip: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        context: Tensor | None,
+        skip: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+    ) -> Tensor:
         x = self.res(x if skip is None else torch.cat([x, skip], dim=1), time)
-        return x if self.transformer is None else self.transformer(x, context)
+        if self.temporal_convolution is not None:
+            x = self.temporal_convolution(x, positions_BT)
+        if self.transformer is not None:
+            x = self.transformer(x, context)
+        return x if self.temporal_attention is None else self.temporal_attention(x, positions_BT)
 
 
 class UNet(nn.Module):
@@ -40,12 +56,13 @@ class UNet(nn.Module):
 
     forward(u_BChw, t_B, context_BLD, pooled=(B,D), size=(B,N), labels=(B,)) -> (B, out_channels, h, w). `t` is what the
     network was trained on: 0 ... T-1 for a discrete schedule, 1000 t for flows. h and w are any. Conditions that the
-    configuration has no use for are ignored; those it reads and does not get are refused with ConfigError.
+    configuration has no use for are ignored; those it reads and does not get are refused with ConfigError. With a learned text
+    encoder the context is token numbers (B,L,1), or what `read` made of them: once is enough for all steps of a sampling.
     """
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
-        assert config.family == "unet"
+        assert config.family in ("unet", "video")
         self.config = config
         widths, time_width = config.channels, 4 * config.channels[0]
         self.time_in, self.time_out = nn.Linear(widths[0], time_width), nn.Linear(time_width, time_width)
@@ -67,22 +84,22 @@ class UNet(nn.Module):
             )
 
         width, skips = widths[0], [widths[0]]
-        down: list[_Block] = []
+        down: list[Block] = []
         for level, out in enumerate(widths):
             for _ in range(config.blocks):
-                down.append(_Block(res(width, out), transformer(level, config.depth[level])))
+                down.append(Block(res(width, out), transformer(level, config.depth[level])))
                 width = out
                 skips.append(width)
             if level < len(widths) - 1:
                 down[-1].resample = Downsample(width, asymmetric=False)
                 skips.append(width)
         self.down = nn.ModuleList(down)
-        self.middle_in = _Block(res(width, width), transformer(len(widths) - 1, config.middle_depth))
+        self.middle_in = Block(res(width, width), transformer(len(widths) - 1, config.middle_depth))
         self.middle_out = res(width, width)
-        up: list[_Block] = []
+        up: list[Block] = []
         for level, out in reversed(list(enumerate(widths))):
             for _ in range(config.blocks + 1):
-                up.append(_Block(res(width + skips.pop(), out), transformer(level, config.depth[level])))
+                up.append(Block(res(width + skips.pop(), out), transformer(level, config.depth[level])))
                 width = out
             if level > 0:
                 up[-1].resample = Upsample(width)
@@ -101,6 +118,22 @@ class UNet(nn.Module):
             else None
         )
         self.classes = ClassEmbedding(config.classes, time_width) if config.classes is not None else None
+        self.context_encoder: ContextEncoder | None = None
+        if config.context_layers:
+            assert config.context_width is not None and config.context_vocabulary is not None
+            self.context_encoder = ContextEncoder(
+                vocabulary=config.context_vocabulary,
+                tokens=config.context_tokens,
+                width=config.context_width,
+                layers=config.context_layers,
+                heads=config.context_heads,
+            )
+
+    def read(self, context_BLD: Tensor | None) -> Tensor | None:
+        """Token numbers (B,L,1) -> the context that the learned text encoder makes of them; any other context as it is."""
+        if self.context_encoder is None or context_BLD is None or context_BLD.is_floating_point():
+            return context_BLD
+        return self.context_encoder(context_BLD)
 
     def forward(
         self,
@@ -112,23 +145,36 @@ class UNet(nn.Module):
         size: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> Tensor:
+        return self._drawn(u_BChw, t_B, self.read(context_BLD), pooled=pooled, size=size, labels=labels)
+
+    def _drawn(
+        self,
+        u_BChw: Tensor,
+        t_B: Tensor,
+        context_BLD: Tensor | None,
+        *,
+        pooled: Tensor | None,
+        size: Tensor | None,
+        labels: Tensor | None,
+        positions_BT: Tensor | None = None,
+    ) -> Tensor:
         context = required(context_BLD, "context") if self.config.context_width is not None else None
         time = self._time(t_B, u_BChw.dtype, pooled, size, labels)
         h = self.conv_in(u_BChw)
         skips = [h]
         for block in self.down:
-            h = self._run(block, h, time, context)
+            h = self._run(block, h, time, context, None, positions_BT)
             skips.append(h)
             if block.resample is not None:
                 h = block.resample(h)
                 skips.append(h)
-        h = self._run(self.middle_in, h, time, context)
+        h = self._run(self.middle_in, h, time, context, None, positions_BT)
         h = self._run(self.middle_out, h, time)
         for block in self.up:
-            h = self._run(block, h, time, context, skips.pop())
+            h = self._run(block, h, time, context, skips.pop(), positions_BT)
             if block.resample is not None:
                 h = block.resample(h, skips[-1].shape[-2:])
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(silu_of_norm(self.norm_out, h, inplace=True))
 
     def _time(
         self, t_B: Tensor, dtype: torch.dtype, pooled: Tensor | None, size: Tensor | None, labels: Tensor | None

@@ -1,12 +1,13 @@
 """Memory of one worker by ZeRO stage (Rajbhandari et al. 2020), as DeepSpeed and `training.ema` hold it. Pure.
 
-With P parameters over N workers and w bytes a weight (2 in bf16, else 4), AdamW holds per worker:
+With P parameters over N workers, w bytes a weight (2 in bf16, else 4) and M numbers that the optimizer keeps of them (2 P
+with AdamW, fewer with Muon and Adafactor), a worker holds:
 
-    stage       weights          gradients   fp32 copy   moments   average
-    0           w P              w P         -           8 P       4 P
-    1           w P              w P         4 P/N       8 P/N     4 P/N
-    2           w P              w P/N       4 P/N       8 P/N     4 P/N
-    3           w P/N + gathered w P/N       4 P/N       8 P/N     4 P/N
+    stage       weights          gradients   fp32 copy   optimizer   average
+    0           w P              w P         -           4 M         4 P
+    1           w P              w P         4 P/N       4 M/N       4 P/N
+    2           w P              w P/N       4 P/N       4 M/N       4 P/N
+    3           w P/N + gathered w P/N       4 P/N       4 M/N       4 P/N
 
 Stages 1 to 3 keep the fp32 copy even where the weights are fp32. Stage 3 leaves up to
 `stage3_max_live_parameters` gathered. Gradients are reduced through a buffer of `reduce_bucket_size` elements.
@@ -35,7 +36,7 @@ class Memory:
     weights: int
     gradients: int
     optimizer: int
-    """fp32 copy of the weights and AdamW's moments."""
+    """fp32 copy of the weights, and what the optimizer keeps of them."""
     average: int
     """Exponential moving average."""
     buffers: int
@@ -86,15 +87,15 @@ def states(
         offload: where DeepSpeed's settings put the optimizer and the weights.
         lazy: on a CPU, where a buffer takes memory only as far as it is used.
     """
-    p, w = network.parameters, weight_bytes
+    p, w, moments = network.parameters, weight_bytes, 4 * network.optimizer_numbers
     own = p / world
     zero = offload.extra.get("zero_optimization", {})
     bucket = int(zero.get("reduce_bucket_size", _BUCKET_ELEMENTS))
     bucket = min(bucket, p) if lazy else bucket
     average = 4 * (own if stage else p) if network.averaged else 0.0
     if stage == 0:
-        return States(weights=w * p, gradients=w * p, optimizer=8 * p, average=average, buffers=0, stepping=w * p)
-    weights, optimizer, host = float(w * p), 12 * own, 0.0
+        return States(weights=w * p, gradients=w * p, optimizer=moments, average=average, buffers=0, stepping=w * p)
+    weights, optimizer, host = float(w * p), 4 * own + moments / world, 0.0
     if stage == 3:
         held = w * own if offload.offload_parameters == "none" else 0.0
         host += w * own - held
@@ -105,7 +106,7 @@ def states(
     buffered = bool(zero.get("contiguous_gradients", True))
     return States(
         weights=weights,
-        gradients=w * (p if stage == 1 else own),
+        gradients=w * (p if stage == 1 else own) + w * network.staged_numbers / world,
         optimizer=optimizer,
         average=average,
         buffers=float(w * bucket if buffered else 0),
@@ -173,8 +174,10 @@ def weight_bytes(precision: str, stage: int) -> int:
 
 
 def checkpoint_bytes(networks: Iterable[Network]) -> int:
-    """Of one checkpoint: fp32 weights, two moments and the average, each share once, whatever the ZeRO stage."""
-    return sum(4 * one.parameters * (4 if one.averaged else 3) for one in networks if one.trained)
+    """Of one checkpoint: fp32 weights, the optimizer's numbers and the average, each share once, whatever the ZeRO stage."""
+    return sum(
+        4 * (one.parameters * (2 if one.averaged else 1) + one.optimizer_numbers) for one in networks if one.trained
+    )
 
 
 def result_bytes(networks: Iterable[Network]) -> int:

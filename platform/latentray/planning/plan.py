@@ -103,7 +103,9 @@ def workloads(config: PlanConfig) -> tuple[Workload, Workload | None]:
     """What a step takes: as configured, and with checkpointed activations (None in stage 1)."""
 
     def measure(one: PlanConfig) -> Workload:
-        return workload.measure(one, gpu=config.gpu != "cpu", text_tokens=config.text_tokens)
+        return workload.measure(
+            one, gpu=config.gpu != "cpu", text_tokens=config.text_tokens, clip_frames=config.clip_frames
+        )
 
     taken = measure(config)
     if config.stage.name != "diffusion":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from latentray.config.train import Train
 from latentray.models import perceptual
 from latentray.models.autoencoder import KLAutoencoder, Posterior, last_layer_gradient
 from latentray.models.discriminator import PatchDiscriminator, discriminator_hinge, generator_hinge
+from latentray.planning import optimizer_state
 from latentray.planning.meter import Meter, default_dtype, stand_ins
 
 BATCHES = (4, 8)
@@ -53,6 +54,10 @@ class Network:
     """Has an exponential moving average."""
     bytes: int = 0
     """Of weights and buffers, where it is not trained."""
+    optimizer_numbers: int = 0
+    """What the optimizer keeps of it beside the weights, whole; 0 where it is not trained."""
+    staged_numbers: int = 0
+    """What it makes of the gradients and keeps until the step, at ZeRO stage 1 and 2."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,14 +100,16 @@ def phases(config: Train) -> list[Phase]:
     ]
 
 
-def measure(config: Train, *, gpu: bool, text_tokens: int) -> Workload:
+def measure(config: Train, *, gpu: bool, text_tokens: int, clip_frames: int = 1) -> Workload:
     """Build the run's networks on stand-ins and meter its step.
 
     Args:
         gpu: with the kernels a GPU takes; else those of this machine's CPU.
         text_tokens: of each caption.
+        clip_frames: of each clip, for a video denoiser.
     """
-    found = [_measure_phase(config, phase, gpu=gpu, text_tokens=text_tokens) for phase in phases(config)]
+    sizes = {"text_tokens": text_tokens, "clip_frames": clip_frames}
+    found = [_measure_phase(config, phase, gpu=gpu, sizes=sizes) for phase in phases(config)]
     heaviest = max((one for _, one in found), key=lambda one: one.peak.at(BATCHES[-1]))
     flops: dict[str, float] = {}
     for share, one in found:
@@ -112,10 +119,10 @@ def measure(config: Train, *, gpu: bool, text_tokens: int) -> Workload:
     return dataclasses.replace(heaviest, networks=everywhere, flops=flops)
 
 
-def _measure_phase(config: Train, phase: Phase, *, gpu: bool, text_tokens: int) -> tuple[float, Workload]:
+def _measure_phase(config: Train, phase: Phase, *, gpu: bool, sizes: Mapping[str, int]) -> tuple[float, Workload]:
     peak, activations = {}, {}
     for batch in BATCHES:
-        meter, step = _run(config, phase, batch, gpu=gpu, text_tokens=text_tokens)
+        meter, step = _run(config, phase, batch, gpu=gpu, sizes=sizes)
         peak[batch], activations[batch] = float(meter.peak), float(meter.activations)
     return phase.share, Workload(
         networks=step.networks,
@@ -126,11 +133,11 @@ def _measure_phase(config: Train, phase: Phase, *, gpu: bool, text_tokens: int) 
 
 
 def _run(
-    config: Train, phase: Phase, batch: int, *, gpu: bool, text_tokens: int
+    config: Train, phase: Phase, batch: int, *, gpu: bool, sizes: Mapping[str, int]
 ) -> tuple[Meter, _AutoencoderStep | _DiffusionStep]:
     distance = _perceptual(config.stage.lpips.net, gpu=gpu) if phase.lpips else None
     with stand_ins(gpu=gpu, autocast=config.precision == "autocast"):
-        step = _STEPS[config.stage.name](config, phase, distance, text_tokens=text_tokens)
+        step = _STEPS[config.stage.name](config, phase, distance, sizes=sizes)
         apart: list[Tensor] = []
         for net in step.modules:
             for parameter in net.parameters():
@@ -157,31 +164,43 @@ def _dtype(config: Train) -> torch.dtype:
 class _DiffusionStep:
     """Stage 2: encode where that is done online, one forward and one backward pass of the denoiser."""
 
-    def __init__(self, config: Train, phase: Phase, distance: nn.Module | None, *, text_tokens: int) -> None:
-        self.config, self.text_tokens = config, text_tokens
+    def __init__(self, config: Train, phase: Phase, distance: nn.Module | None, *, sizes: Mapping[str, int]) -> None:
+        self.config, self.sizes = config, sizes
         with default_dtype(_dtype(config)):
             self.net = build.denoiser(config.denoiser)
         self.modules: list[nn.Module] = [self.net]
-        self.networks: tuple[Network, ...] = (_trained("denoiser", self.net, averaged=True),)
+        self.networks: tuple[Network, ...] = (_trained("denoiser", self.net, config, averaged=True),)
+        kept = [parameter for parameter in self.net.parameters() if not parameter.requires_grad]
+        if kept:
+            self.networks += (_frozen("kept layers", kept),)
         self.encoder: KLAutoencoder | None = None
         if config.online.enabled:
             self.encoder = build.autoencoder(config.autoencoder).eval().requires_grad_(False)
             self.modules.append(self.encoder)
-            self.networks += (_frozen("autoencoder", self.encoder),)
+            self.networks += (_frozen("autoencoder", self.encoder.parameters(), buffers=self.encoder.buffers()),)
 
     def __call__(self, batch: int, meter: Meter) -> None:
         net, dtype = self.config.denoiser, _dtype(self.config)
         if self.encoder is not None:
             self._encode(batch)
         side = _side(self.config) // self.config.autoencoder.downsampling
-        x = torch.empty(batch, net.in_channels, side, side, dtype=dtype)
+        shapes = {
+            "video": (self.sizes["clip_frames"], net.in_channels, side, side),
+            "policy": (net.action_steps, net.in_channels),
+        }
+        shape = shapes.get(net.family, (net.in_channels, side, side))
+        x = torch.empty(batch, *shape, dtype=dtype)
         context = None
         if net.context_width is not None:
-            context = torch.empty(batch, self.text_tokens, net.context_width, dtype=dtype)
+            tokens = self.sizes["text_tokens"]
+            context = torch.empty(batch, tokens, net.context_width, dtype=dtype)
+            if net.context_layers:  # it embeds the numbers of words itself
+                context = torch.zeros(batch, tokens, 1, dtype=torch.int32)
         conditions = {
             "pooled": torch.empty(batch, net.pooled_width or 1, dtype=dtype),
             "size": torch.empty(batch, net.size_numbers),
             "labels": torch.empty(batch, dtype=torch.int64),
+            "observations": torch.empty(batch, net.observation_steps, net.observation_width or 1, dtype=dtype),
         }
         given = {name: conditions[name] for name in net.reads}
         y = self.net(x, torch.empty(batch), context, **given)
@@ -201,21 +220,21 @@ class _DiffusionStep:
 class _AutoencoderStep:
     """Stage 1: the autoencoder's step with the adversarial term's surrogate, then the discriminator's."""
 
-    def __init__(self, config: Train, phase: Phase, distance: nn.Module | None, *, text_tokens: int) -> None:
+    def __init__(self, config: Train, phase: Phase, distance: nn.Module | None, *, sizes: Mapping[str, int]) -> None:
         self.config = config
         with default_dtype(_dtype(config)):
             self.net = build.autoencoder(config.autoencoder)
             critic = config.stage.discriminator
             self.critic = PatchDiscriminator(channels=critic.channels, layers=critic.layers) if phase.critic else None
         self.modules: list[nn.Module] = [self.net]
-        self.networks: tuple[Network, ...] = (_trained("autoencoder", self.net, averaged=True),)
+        self.networks: tuple[Network, ...] = (_trained("autoencoder", self.net, config, averaged=True),)
         if self.critic is not None:
             self.modules.append(self.critic)
-            self.networks += (_trained("discriminator", self.critic),)
+            self.networks += (_trained("discriminator", self.critic, config),)
         self.perceptual = distance
         if distance is not None:
             self.modules.append(distance)
-            self.networks += (_frozen("LPIPS", distance),)
+            self.networks += (_frozen("LPIPS", distance.parameters(), buffers=distance.buffers()),)
 
     def __call__(self, batch: int, meter: Meter) -> None:
         config, dtype = self.config, _dtype(self.config)
@@ -267,13 +286,24 @@ _STEPS: dict[str, type[_AutoencoderStep] | type[_DiffusionStep]] = {
 }
 
 
-def _trained(name: str, net: nn.Module, *, averaged: bool = False) -> Network:
-    return Network(name=name, parameters=build.parameter_count(net), averaged=averaged)
+def _trained(name: str, net: nn.Module, config: Train, *, averaged: bool = False) -> Network:
+    return Network(
+        name=name,
+        parameters=sum(one.numel() for one in net.parameters() if one.requires_grad),
+        averaged=averaged,
+        optimizer_numbers=optimizer_state.numbers(config.optimizer.name, net),
+        staged_numbers=optimizer_state.staged(config.optimizer.name, net),
+    )
 
 
-def _frozen(name: str, net: nn.Module) -> Network:
-    held = sum(t.numel() * t.element_size() for t in (*net.parameters(), *net.buffers()))
-    return Network(name=name, parameters=build.parameter_count(net), trained=False, bytes=held)
+def _frozen(name: str, held: Iterable[Tensor], *, buffers: Iterable[Tensor] = ()) -> Network:
+    parameters = list(held)
+    return Network(
+        name=name,
+        parameters=sum(one.numel() for one in parameters),
+        trained=False,
+        bytes=sum(one.numel() * one.element_size() for one in (*parameters, *buffers)),
+    )
 
 
 def _perceptual(net: str, *, gpu: bool) -> nn.Module:

@@ -121,6 +121,19 @@ def pairs(
     return grid(cells, columns, scale=scale, row_labels=labels)
 
 
+def filmstrips(clips: Sequence[np.ndarray], captions: Sequence[str], columns: int = 8, scale: int = 1) -> Image.Image:
+    """A contact sheet of clips, uint8 (T, H, W, 3): each a row of at most `columns` of its frames, evenly spread in time."""
+    count = len(clips[0])
+    shown = np.unique(np.linspace(0, count - 1, min(columns, count)).round().astype(int))
+    return grid(
+        [clip[t] for clip in clips for t in shown],
+        columns=len(shown),
+        scale=scale,
+        row_labels=captions,
+        column_labels=[f"frame {t}" for t in shown],
+    )
+
+
 def save_png(image: Image.Image | np.ndarray, path: Path | str, text: Mapping[str, str] | None = None) -> None:
     """Write a PNG with `text` (how the picture was made: seed, steps, caption) in its text chunks."""
     chunks = PngInfo()

@@ -1,4 +1,4 @@
-"""Progress of a job by samples: a live bar on a terminal, plain lines where the output is piped (a Ray worker's)."""
+"""Progress of a job by samples: drawn live on a terminal, plain lines where the output is piped (a Ray worker's)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import IO, Any, TypeVar
+from typing import IO, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, track
-from rich.progress import Progress as RichProgress
+from rich.progress import track
+
+from latentray.reporting.live import State, View, facts
+from latentray.reporting.wording import duration
 
 Item = TypeVar("Item")
 
@@ -39,24 +41,22 @@ class Progress:
         stream: IO[str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._total, self._description = total_samples, description
-        self._every, self._clock = every_seconds, clock
+        self._description, self._every, self._clock = description, every_seconds, clock
         self._stream = stream or sys.stdout
-        self._samples = self._first = start_samples
-        self._started = clock()
+        self._state = State(samples=start_samples, total=total_samples)
+        self._first, self._started = start_samples, clock()
         self._last_line: float | None = None
-        self._facts = self._printed = ""
-        self._rate: float | None = None
-        self._bar: RichProgress | None = None
-        if self._stream.isatty():
-            columns: list[Any] = [
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[facts]}"),
-            ]
-            self._bar = RichProgress(*columns, console=Console(file=self._stream, highlight=False))
-            self._task = self._bar.add_task(description, total=total_samples, completed=start_samples, facts="")
-            self._bar.start()
+        self._printed = ""
+        self._view: View | None = None
+        if is_terminal(self._stream):
+            self._view = View(description, total_samples, stream=self._stream, clock=clock)
+            self._view.hear(self._state)
+            self._view.start()
+
+    @classmethod
+    def begin(cls, total_samples: int, description: str, start_samples: int) -> Progress:
+        """One that writes to standard output."""
+        return cls(total_samples, description, start_samples=start_samples)
 
     def update(
         self,
@@ -67,24 +67,32 @@ class Progress:
         data_wait_share: float | None = None,
         checkpoint_age: float | None = None,
         restarts: int = 0,
+        goodput: float | None = None,
     ) -> None:
         """Show the state at `samples` seen in all. What is not given is left out; the rate is then measured here."""
-        self._samples = samples
         now = self._clock()
         elapsed = now - self._started
         measured = (samples - self._first) / elapsed if elapsed > 0 and samples > self._first else None
-        self._rate = samples_per_second or measured
-        self._facts = self._describe(loss, data_wait_share, checkpoint_age, restarts)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=samples, facts=self._facts)
+        self._state = State(
+            samples=samples,
+            total=self._state.total,
+            samples_per_second=samples_per_second or measured,
+            loss=loss,
+            data_wait_share=data_wait_share,
+            checkpoint_age=checkpoint_age,
+            restarts=restarts,
+            goodput=goodput,
+        )
+        if self._view is not None:
+            self._view.hear(self._state)
         elif self._last_line is None or now - self._last_line >= self._every:
             self._line(now)
 
     def close(self) -> None:
         """Leave the last state standing. Calling it again does nothing."""
-        if self._bar is not None:
-            self._bar.stop()
-        elif self._facts != self._printed:
+        if self._view is not None:
+            self._view.stop()
+        elif self._state.samples > self._first and self._in_words() != self._printed:
             self._line(self._clock())
 
     def __enter__(self) -> Progress:
@@ -95,41 +103,26 @@ class Progress:
     ) -> None:
         self.close()
 
-    def _describe(
-        self, loss: float | None, data_wait_share: float | None, checkpoint_age: float | None, restarts: int
-    ) -> str:
-        facts = [f"{self._samples:,}/{self._total:,} samples"]
-        if loss is not None:
-            facts.append(f"loss {loss:.4g}")
-        if self._rate:
-            facts.append(f"{self._rate:.0f} samples/s")
-        if data_wait_share is not None:
-            facts.append(f"data wait {data_wait_share:.0%}")
-        if checkpoint_age is not None:
-            facts.append(f"checkpoint {duration(checkpoint_age)} old")
-        if restarts:
-            facts.append(f"{restarts} restart{'s' if restarts > 1 else ''}")
-        if self._rate and self._samples < self._total:
-            facts.append(f"{duration((self._total - self._samples) / self._rate)} left")
-        elif self._samples >= self._total:
-            facts.append(f"done in {duration(self._clock() - self._started)}")
-        return "  ".join(facts)
+    def _in_words(self) -> str:
+        state = self._state
+        found = [f"{state.samples:,}/{state.total:,} samples", *facts(state)]
+        left = state.left()
+        if left is not None:
+            found.append(f"{duration(left)} left")
+        elif state.samples >= state.total:
+            found.append(f"done in {duration(self._clock() - self._started)}")
+        return "  ".join(found)
 
     def _line(self, now: float) -> None:
-        self._last_line = now
-        share = self._samples / self._total if self._total else 1.0
-        print(f"{self._description}  {share:4.0%}  {self._facts}", file=self._stream, flush=True)
-        self._printed = self._facts
+        self._last_line, self._printed = now, self._in_words()
+        share = self._state.samples / self._state.total if self._state.total else 1.0
+        print(f"{self._description}  {share:4.0%}  {self._printed}", file=self._stream, flush=True)
 
 
-def duration(seconds: float) -> str:
-    """Seconds for a reader: `8.3 s`, `9 min 42 s`, `12 min`, `3 h 05 min`."""
-    if seconds < 59.5:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s" if rest else f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+def is_terminal(stream: IO[str]) -> bool:
+    """Whether a stream ends at a terminal that can be drawn on."""
+    console = Console(file=stream)
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 def tracked(items: Iterable[Item], total: int, description: str) -> Iterator[Item]:

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import builtins
 import json
+import logging
 import math
 import os
 import time
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 ARTIFACTS_FILE = "artifacts.jsonl"
@@ -25,6 +29,8 @@ PICTURES_FOLDER = "pictures"
 
 class JsonlTracker:
     """Writes a run's metrics to `<run_folder>/metrics.jsonl`, one line per call, each on disk when the call returns.
+
+    On a full disk the lines are kept, and written with the first one that finds room again.
 
     A resumed run appends: the half line that a killed process left, and the lines past the checkpoint it continues
     from (which it computes again), are dropped first. So samples never go back, and no step stands there twice.
@@ -37,7 +43,9 @@ class JsonlTracker:
         self._folder = Path(run_folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._path = self._folder / METRICS_FILE
-        self._file: IO[str] | None = None
+        self._file: FileIO | None = None
+        self._unwritten = b""
+        """Lines, the first perhaps in part, that a full disk did not take yet."""
         if resumed_at is not None:
             _keep(self._path, until=resumed_at)
             self._open()
@@ -49,7 +57,7 @@ class JsonlTracker:
         assert self._file is not None
         line: dict[str, Any] = {"samples": int(samples), "time": round(time.time(), 3)}
         line.update((name, _number(value)) for name, value in metrics.items())
-        self._file.write(json.dumps(line) + "\n")
+        self._write((json.dumps(line) + "\n").encode())
 
     def image(self, samples: int, name: str, picture: str | Path | np.ndarray, caption: str = "") -> None:
         from PIL import Image
@@ -75,14 +83,27 @@ class JsonlTracker:
 
     def finish(self) -> None:
         if self._file is not None and not self._file.closed:
+            self._write(b"")
             self._file.close()
+
+    def _write(self, line: bytes) -> None:
+        """Append a line, and before it those that could not be written: training is worth more than its lines."""
+        assert self._file is not None
+        was_whole = not self._unwritten
+        self._unwritten += line
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if was_whole:
+                logger.warning("%s could not be written (%s); its lines are kept and tried again.", self._path, error)
 
     @property
     def sync_command(self) -> None:
         return None
 
     def _open(self) -> None:
-        self._file = builtins.open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (open for the whole run)
+        self._file = FileIO(self._path, "a")  # not buffered: what the disk did not take is known
 
 
 def _number(value: Any) -> float | int | str:

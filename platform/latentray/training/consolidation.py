@@ -7,9 +7,9 @@ import time
 from latentray.checkpoint import manifest, store, weights
 from latentray.config.export import Export
 from latentray.errors import ArtifactError, InputMissing
-from latentray.training import checkpoint
+from latentray.training import checkpoint, denoiser_weights, initial_weights
 from latentray.training.checkpoint import Saved
-from latentray.training.partitions import WEIGHT, Pieces
+from latentray.training.partitions import EMA, WEIGHT, Pieces
 
 KIND = "weights"
 
@@ -28,7 +28,13 @@ def export(config: Export) -> str:
         for network in sorted({name.split("/", 1)[0] for name in saved.manifest.files}):
             pieces = Pieces([manifest.fetch_file(saved.uri, part, saved.manifest) for part in saved.parts(network)])
             state = config.state if config.state in pieces.states else WEIGHT
-            weights.save(folder / f"{network}.safetensors", pieces.full(state))
+            full = pieces.full(state)
+            about = saved.manifest
+            if network == "denoiser":
+                full = denoiser_weights.whole(full, about.config, about.inputs)
+            elif network == "autoencoder":
+                full = initial_weights.whole(full, pieces, about.config, about.inputs, averaged=state == EMA)
+            weights.save(folder / f"{network}.safetensors", full)
         meta = {"state": config.state, "step": saved.step, "samples": saved.samples, "checkpoint": saved.uri}
         made = manifest.publish(
             folder,

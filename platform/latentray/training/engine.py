@@ -10,8 +10,10 @@ import dataclasses
 import functools
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from latentray.config.train import Train
-from latentray.errors import ConfigError
+from latentray.errors import ConfigError, EnvironmentRefused
 from latentray.training import optimizers, partitions
 from latentray.training.partitions import Fragment, Pieces, Snapshot
 
@@ -48,6 +50,27 @@ def deepspeed_config(config: Train, world: int) -> dict[str, Any]:
     if config.precision == "autocast":
         derived["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     return _merged(derived, config.deepspeed.extra)
+
+
+def require_nvme(folder: str) -> None:
+    """Raise EnvironmentRefused where this machine cannot keep parameters on a disk: no libaio, or no such disk."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        raise EnvironmentRefused(
+            "DeepSpeed reads and writes NVMe disks through libaio, which is not installed here.",
+            where="deepspeed.offload_parameters",
+            mend="Install libaio (apt-get install libaio-dev) on every node, or set deepspeed.offload_parameters=cpu.",
+        )
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise EnvironmentRefused(
+            f"Parameters cannot be kept there: {error}",
+            where="deepspeed.nvme_path",
+            mend="Name a folder on a disk of the node's own that can be written.",
+        ) from None
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,6 +105,8 @@ class Engine:
         self.lr_factor = (lr or config.optimizer.lr) / config.optimizer.lr
         if config.compile or config.optimizer.name == "muon":
             optimizers.require_compiler()
+        if config.deepspeed.offload_parameters == "nvme":
+            require_nvme(config.deepspeed.nvme_path or "")
         module = module.to(device)
         optimizer = optimizers.build(module, config.optimizer, muon=_deepspeed_muon)
         try:
@@ -326,11 +351,14 @@ class Engine:
         return {id(p): number for number, (_, p) in enumerate(self._trained())}
 
     def full_state(self) -> dict[str, Tensor]:
-        """The whole fp32 state dict on the CPU, gathered from all ranks. Collective: every rank must call it."""
+        """The whole fp32 state dict of what is trained on the CPU, gathered from all ranks. Collective: all must call it.
+
+        Frozen weights are left out: under bf16 the engine has them rounded, and they are where they came from.
+        """
         from deepspeed.utils import safe_get_full_fp32_param
 
         state = {name: value.detach().cpu().clone() for name, value in self.module.named_buffers()}
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self._trained():
             full = safe_get_full_fp32_param(parameter)
             full = parameter if full is None else full
             state[name] = full.detach().float().cpu().clone()

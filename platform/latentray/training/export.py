@@ -16,7 +16,7 @@ from latentray.config import compose
 from latentray.data import decode, members
 from latentray.data.shards import IndexedShards
 from latentray.evaluation import autoencoders, feature_networks
-from latentray.models.autoencoder import KLAutoencoder, LatentScale
+from latentray.models.autoencoder import Autoencoder, LatentScale
 from latentray.models.perceptual import Perceptual
 from latentray.reporting import pictures
 from latentray.tracking import names
@@ -25,6 +25,14 @@ from latentray.training.state import Worker
 _SCALE_SAMPLES = 2048
 _VALIDATION_SAMPLES = 2048
 _GRID = 24
+_MEASURED = {
+    "rfid": names.VALIDATION_RFID,
+    "lpips": names.VALIDATION_LPIPS,
+    "codebook_usage": names.VALIDATION_CODEBOOK_USAGE,
+    "codebook_perplexity": names.VALIDATION_CODEBOOK_PERPLEXITY,
+}
+"""What a card may have besides PSNR and SSIM."""
+_TOLD = {"rfid": ("rFID", 2), "codebook_usage": ("codebook in use", 3), "codebook_perplexity": ("perplexity", 1)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,11 +57,16 @@ def autoencoder(
     perceptual: Perceptual | None,
     inputs: Mapping[str, str],
     facts: Mapping[str, object],
+    encoder_of: build.AutoencoderArtifact | None = None,
 ) -> Exported:
-    """Measure the latent scale and the card of the averaged weights, and publish the artifact `<out>/autoencoder`."""
+    """Measure the latent scale and the card of the averaged weights, and publish the artifact `<out>/autoencoder`.
+
+    Args:
+        encoder_of: the autoencoder whose encoder this is, unchanged: its latents, and so its scale, are those of the new one.
+    """
     config = worker.config
     net = build.autoencoder(config.autoencoder, state).to(worker.device)
-    scale = latent_scale(net, training, config.size, worker.device)
+    scale = encoder_of.scale if encoder_of else latent_scale(net, training, config.size, worker.device)
     held_out = validation_uri if store.exists(store.join(validation_uri, manifest.NAME)) else training.uri
     validation = IndexedShards.open(held_out)
     originals = autoencoders.load_pictures(validation, config.size, limit=_VALIDATION_SAMPLES)
@@ -73,20 +86,27 @@ def autoencoder(
     }
     uri = store.join(worker.out, "autoencoder")
     with store.staging() as folder:
-        build.write_autoencoder(folder, config.autoencoder, state, scale=scale, size=config.size)
+        build.write_autoencoder(
+            folder,
+            config.autoencoder,
+            state,
+            scale=scale,
+            size=config.size,
+            fingerprint=encoder_of.fingerprint if encoder_of else None,
+        )
         pictures.save_png(grid, folder / "reconstructions.png", {"run": worker.run, "psnr": f"{card['psnr']:.2f} dB"})
         listing = manifest.publish(
             folder, uri, kind="autoencoder", inputs=inputs, config=compose.to_dict(config), meta=meta, replace=True
         )
-    rfid = f", rFID {card['rfid']:.2f}" if "rfid" in card else ""
-    print(f"autoencoder: PSNR {card['psnr']:.2f} dB, SSIM {card['ssim']:.3f}{rfid}", flush=True)
+    told = "".join(f", {text} {card[figure]:.{digits}f}" for figure, (text, digits) in _TOLD.items() if figure in card)
+    print(f"autoencoder: PSNR {card['psnr']:.2f} dB, SSIM {card['ssim']:.3f}{told}", flush=True)
     metrics = {
         names.VALIDATION_PSNR: card["psnr"],
         names.VALIDATION_SSIM: card["ssim"],
         names.LATENT_SHIFT: scale.shift,
         names.LATENT_SCALE: scale.scale,
     }
-    for figure, name in (("rfid", names.VALIDATION_RFID), ("lpips", names.VALIDATION_LPIPS)):
+    for figure, name in _MEASURED.items():
         if figure in card:
             metrics[name] = card[figure]
     return Exported(
@@ -101,7 +121,7 @@ def autoencoder(
 
 
 @torch.inference_mode()
-def latent_scale(net: KLAutoencoder, training: IndexedShards, size: int, device: torch.device) -> LatentScale:
+def latent_scale(net: Autoencoder, training: IndexedShards, size: int, device: torch.device) -> LatentScale:
     """Mean and 1/standard deviation of the posterior means over training pictures, spread over the data set."""
     rows = autoencoders.spread(training.count, _SCALE_SAMPLES)
     latents = []

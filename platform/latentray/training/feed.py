@@ -13,12 +13,14 @@ from latentray.config.train import Train
 from latentray.data import buckets, latents
 from latentray.data.buckets import Bucket, Bucketed
 from latentray.data.damage import require_few
+from latentray.data.episode_batches import EpisodeWindows
+from latentray.data.episodes import Horizon
 from latentray.data.lines import Reading
 from latentray.data.ordering import Cursor, Order, SampleSet, Whole
 from latentray.data.pipeline import OrderedSource
 from latentray.data.shards import IndexedShards
 from latentray.errors import ConfigError
-from latentray.records import LatentBatch, PictureBatch, Traffic
+from latentray.records import Batch, Traffic
 from latentray.tracking import names
 
 Shape = tuple[int, int]
@@ -28,7 +30,7 @@ _CHUNK_BYTES = 8 << 20
 
 def uris(config: Train) -> list[str]:
     """The training splits of a run's data sets, in the mixture's order."""
-    one = config.data if config.reads_pictures else config.latents
+    one = config.latents if config.reads_latents else config.data
     named = [ingredient.uri for ingredient in config.mixture.of] or [one or ""]
     return [store.join(store.absolute(uri), "train") for uri in named]
 
@@ -38,6 +40,8 @@ class Feed:
     """The opened data sets of a run and their order."""
 
     sets: tuple[IndexedShards, ...]
+    windows: tuple[EpisodeWindows, ...] = ()
+    """Of episodes: each set's windows are its samples."""
     order: Order
     buckets: tuple[Bucket, ...]
     """What batches are of; none where all have one shape."""
@@ -56,16 +60,19 @@ class Feed:
 
         Raises as IndexedShards.open, and ConfigError where order and data do not fit.
         """
-        fetch, kind = config.fetch, "dataset" if config.reads_pictures else latents.KIND
+        fetch, kind = config.fetch, latents.KIND if config.reads_latents else "dataset"
         sets = tuple(
             IndexedShards.open(uri, kind=kind, cache_bytes=fetch.cache_bytes, budget_s=fetch.budget_s)
             for uri in uris(config)
         )
-        shapes = [(config.size, config.size)] if config.reads_pictures else stored_shapes(sets)
+        windows = _windows(config, sets) if config.reads_episodes else ()
+        shapes = [(config.size, config.size)] if config.reads_pictures else []
+        shapes += stored_shapes(sets) if config.reads_latents else []
         buckets = _buckets(config, shapes)
         return cls(
             sets=sets,
-            order=_order(config, sets, buckets, encoded_by),
+            windows=windows,
+            order=_order(config, sets, windows or sets, buckets, encoded_by),
             buckets=buckets,
             shapes=tuple((one.height, one.width) for one in buckets) or tuple(shapes),
             skip_damaged=config.damage.policy == "skip",
@@ -82,7 +89,7 @@ class Feed:
     @property
     def samples(self) -> int:
         """Samples in all data sets."""
-        return sum(one.count for one in self.sets)
+        return sum(one.count for one in self.windows or self.sets)
 
     def resumed(self, cursor: Cursor) -> Feed:
         """This feed as it goes on at a cursor; FingerprintMismatch where it belongs to other data or settings."""
@@ -91,7 +98,7 @@ class Feed:
     def source(self, *, rank: int, world: int, first_step: int, last_step: int) -> OrderedSource:
         """The samples of one rank in steps [first_step, last_step)."""
         return OrderedSource(
-            self.sets,
+            self.windows or self.sets,
             self.order,
             rank=rank,
             world=world,
@@ -109,20 +116,23 @@ class Ledger:
         self.samples, self.allowed, self.device = feed.samples, allowed, device
         self._before, self._damaged, self._traffic = damaged_before, 0, Traffic()
 
-    def note(self, batch: PictureBatch | LatentBatch) -> None:
+    def note(self, batch: Batch) -> None:
         """Take in what this rank's slice of a batch met."""
         self._damaged += len(batch.damaged)
         self._traffic += batch.traffic
         for one in batch.damaged:
             print(f"damaged: {one.key} in {one.shard} ({one.reason}): {one.what}", flush=True)
 
-    def damaged(self) -> int:
-        """Damaged samples since the run began, on all ranks. Collective; raises DataError above what is allowed."""
+    def damaged(self, seen: int) -> int:
+        """Damaged samples since the run began, on all ranks, after so many `seen`. Collective.
+
+        Raises DataError above what is allowed of the data sets, or of the samples seen: each epoch meets the same ones again.
+        """
         total = self._before + int(self._sum([self._damaged])[0])
-        require_few(total, samples=self.samples, allowed=self.allowed)
+        require_few(total, samples=max(self.samples, seen), allowed=self.allowed)
         return total
 
-    def figures(self) -> dict[str, float]:
+    def figures(self, seen: int) -> dict[str, float]:
         """What is logged, summed over all ranks, since the worker began. Collective; raises as `damaged`."""
         traffic = self._traffic
         sums = self._sum([traffic.fetched_bytes, traffic.cached_bytes, traffic.retries, traffic.stalled_s])
@@ -132,7 +142,7 @@ class Ledger:
             names.DATA_FETCH_RETRIES,
             names.DATA_STALL_SECONDS,
         )
-        return {names.DATA_DAMAGED_SAMPLES: self.damaged()} | dict(zip(keys, sums, strict=True))
+        return {names.DATA_DAMAGED_SAMPLES: self.damaged(seen)} | dict(zip(keys, sums, strict=True))
 
     def _sum(self, values: list[float]) -> list[float]:
         totals = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -157,14 +167,24 @@ def _buckets(config: Train, stored: Sequence[Shape]) -> tuple[Bucket, ...]:
             pixel_budget=config.global_batch_size * config.size**2,
             multiple=wanted.multiple,
         )
-    if len(stored) == 1:
+    if len(stored) <= 1:
         return ()
     largest = max(height * width for height, width in stored)
     return buckets.table_of(stored, pixel_budget=config.global_batch_size * largest, multiple=wanted.multiple)
 
 
+def _windows(config: Train, sets: Sequence[IndexedShards]) -> tuple[EpisodeWindows, ...]:
+    net = config.denoiser
+    horizon = Horizon(observations=net.observation_steps, actions=net.action_steps)
+    return tuple(EpisodeWindows(one, horizon) for one in sets)
+
+
 def _order(
-    config: Train, sets: Sequence[IndexedShards], shapes: tuple[Bucket, ...], encoded_by: Sequence[str]
+    config: Train,
+    sets: Sequence[IndexedShards],
+    samples: Sequence[IndexedShards | EpisodeWindows],
+    shapes: tuple[Bucket, ...],
+    encoded_by: Sequence[str],
 ) -> Order:
     wanted = config.order
     if shapes and wanted.streams:
@@ -179,16 +199,16 @@ def _order(
     )
     batches = tuple(one.batch for one in shapes) or (config.global_batch_size,)
     placing = buckets.assign if config.reads_pictures else buckets.exact
-    digests = [store.digest_of([one.digest, *encoded_by]) if encoded_by else one.digest for one in sets]
+    digests = [store.digest_of([one.digest, *encoded_by]) if encoded_by else one.digest for one in samples]
     members: list[SampleSet] = [
-        Bucketed(one.index, digest, shapes, placing) if shapes else Whole(one.count, digest)
-        for one, digest in zip(sets, digests, strict=True)
+        Bucketed(one.index, digest, shapes, placing) if shapes else Whole(each.count, digest)
+        for one, each, digest in zip(sets, samples, digests, strict=True)
     ]
     if len(members) == 1:
         return Order((members[0],), config.seed, batches, reading)
     weights = [one.weight for one in config.mixture.of]
     if config.mixture.by == "epochs":
-        weights = [weight * one.count for weight, one in zip(weights, sets, strict=True)]
+        weights = [weight * one.count for weight, one in zip(weights, samples, strict=True)]
     return Order.mixture(members, weights, config.seed, batches, reading)
 
 

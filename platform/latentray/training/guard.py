@@ -7,6 +7,7 @@ DeepSpeed drops a step whose gradients are no numbers, whatever made them so. Th
 from __future__ import annotations
 
 import collections
+import dataclasses
 import math
 
 import torch
@@ -17,7 +18,21 @@ from latentray.config.faults import FaultsConfig
 from latentray.training import policies
 from latentray.training.engine import Engine
 
-_LOSS, _STOP, _FAILED = range(3)
+_LOSS, _STOP, _FAILED, _ASK = range(4)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Heard:
+    """What all ranks know after a step, alike."""
+
+    applied: bool
+    """The step was taken."""
+    stop: bool
+    """A rank was asked to stop."""
+    failed: bool
+    """A rank could not write its last checkpoint."""
+    ask: bool
+    """It is time to ask whether a node will be taken away."""
 
 
 class Guard:
@@ -27,16 +42,16 @@ class Guard:
         self.main, self.faults, self.world = main, faults, world
         self._losses: collections.deque[float] = collections.deque(maxlen=faults.spike_window)
         self._limit = math.inf
-        self._tell = [0.0, 0.0]
+        self._tell = [0.0, 0.0, 0.0]
         self._heard: list[Tensor] = []
         self._factor: Tensor | None = None
         main.veto = self._judge
         for engine in others:
             engine.veto = self._same
 
-    def tell(self, *, stop: bool, failed: bool) -> None:
-        """What this rank says with the next step: that it was asked to stop, that it could not write its last checkpoint."""
-        self._tell = [float(stop), float(failed)]
+    def tell(self, *, stop: bool, failed: bool, ask: bool) -> None:
+        """What this rank says with the next step; of each, it holds where one rank says it."""
+        self._tell = [float(stop), float(failed), float(ask)]
 
     def _judge(self, loss: Tensor) -> Tensor:
         told = loss.detach().float().reshape(1)
@@ -49,12 +64,13 @@ class Guard:
     def _same(self, loss: Tensor) -> Tensor:
         return loss if self._factor is None else loss * self._factor
 
-    def after_step(self) -> tuple[bool, bool, bool]:
-        """Whether the step was taken, whether a rank wants to stop, and whether one could not write its last checkpoint."""
+    def after_step(self) -> Heard:
+        """What became of the step, and what was told with it."""
         heard = torch.stack(self._heard).tolist()
         self._heard.clear()
         applied = self.main.applied
         if applied:
             self._losses.append(sum(one[_LOSS] for one in heard) / len(heard))
             self._limit = policies.spike_limit(self._losses, self.faults)
-        return applied, any(one[_STOP] for one in heard), any(one[_FAILED] for one in heard)
+        stop, failed, ask = (any(one[what] for one in heard) for what in (_STOP, _FAILED, _ASK))
+        return Heard(applied=applied, stop=stop, failed=failed, ask=ask)

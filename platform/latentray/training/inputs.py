@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from latentray import build
 from latentray.checkpoint import store
-from latentray.conditioning import text
+from latentray.conditioning import combination
+from latentray.conditioning.tokens import TokenReader
 from latentray.config.train import Train
-from latentray.data import latents
+from latentray.data import latents, sample_facts
 from latentray.diffusion import samplers, schedules
 from latentray.errors import ConfigError, InputMissing
-from latentray.records import TextEmbedding
-from latentray.training import feed, latent_supply
+from latentray.records import Conditions
+from latentray.training import denoiser_weights, episode_supply, feed, initial_weights, latent_supply
 from latentray.training.feed import Shape
 
 
@@ -23,7 +24,8 @@ def check(config: Train, world: int) -> dict[str, str]:
     if config.stage.name == "autoencoder":
         return _pictures(config)
     _require_sampler(config)
-    return _online(config) if config.online.enabled else _latents(config, world)
+    initial = denoiser_weights.lineage(denoiser_weights.find(config))
+    return _SUPPLIES[latent_supply.kind(config)](config, world) | initial
 
 
 def _pictures(config: Train) -> dict[str, str]:
@@ -37,6 +39,17 @@ def _pictures(config: Train) -> dict[str, str]:
             where="stage.lpips.weights",
             mend=f"Check the path {weights}.",
         )
+    begun = initial_weights.autoencoder(config)
+    return opened.inputs | ({"autoencoder": begun.digest} if begun else {})
+
+
+def _episodes(config: Train, world: int) -> dict[str, str]:
+    if not config.data and not config.mixture.of:
+        raise ConfigError(
+            "A policy learns from episodes.", where="data", mend="Add data=<what build_shards wrote of them>."
+        )
+    opened = _verified(config)
+    episode_supply.space_of(config, opened)
     return opened.inputs
 
 
@@ -54,22 +67,22 @@ def _latents(config: Train, world: int) -> dict[str, str]:
     for one in described:
         one.require_autoencoder(artifact)
         one.require_like(first)
-        if one.frames:
-            raise ConfigError(
-                "These are latents of clips, and the denoiser draws pictures.",
-                where=one.uri,
-                mend="Give latents of pictures.",
-            )
+        _require_frames(config, one)
+    _require_labels(config, opened)
     if opened.buckets:
         fewest = config.cluster.min_workers if config.cluster.kind == "ray" else None
         for workers in range(fewest or world, world + 1):
             config.require_buckets_divisible(workers)
-    told = all(set(latents.CONDITIONS) <= set(one.index.table.column_names) for one in opened.sets)
-    _require_denoiser(config, artifact, first.empty_prompt(), opened.shapes, has_sizes=told)
+    texts = first.texts[: combination.taken(config.denoiser, len(first.texts))]
+    empty = latent_supply.empty(config.denoiser, first.empty_prompts(texts))
+    columns = set.intersection(*(set(one.index.table.column_names) for one in opened.sets))
+    _require_denoiser(
+        config, artifact, empty, opened.shapes, columns, max((one.vocabulary for one in texts), default=0)
+    )
     return opened.inputs | {"autoencoder": artifact.digest}
 
 
-def _online(config: Train) -> dict[str, str]:
+def _online(config: Train, world: int) -> dict[str, str]:
     if not config.data and not config.mixture.of:
         raise ConfigError("There is nothing to encode.", where="data", mend="Add data=<what build_shards wrote>.")
     if not config.autoencoder_from:
@@ -79,8 +92,9 @@ def _online(config: Train) -> dict[str, str]:
             mend="Add autoencoder_from=<what stage 1 made>.",
         )
     artifact = build.autoencoder_artifact(latent_supply.autoencoder_uri(config))
-    encoder = text.load(config.online.text_encoder)
+    encoders = [one for one, _ in latent_supply.load_encoders(config)]
     opened = _verified(config)
+    _require_labels(config, opened)
     for height, width in opened.shapes:
         if height % artifact.config.downsampling or width % artifact.config.downsampling:
             raise ConfigError(
@@ -88,8 +102,36 @@ def _online(config: Train) -> dict[str, str]:
                 where="buckets.step" if opened.buckets else "size",
                 mend=f"Choose a multiple of {artifact.config.downsampling}.",
             )
-    _require_denoiser(config, artifact, encoder.embed([""]), opened.shapes)
-    return opened.inputs | {"autoencoder": artifact.digest, "text_encoder": encoder.digest}
+    empty = latent_supply.empty(config.denoiser, [one.nothing() for one in encoders])
+    vocabulary = max((one.vocabulary for one in encoders if isinstance(one, TokenReader)), default=0)
+    _require_denoiser(config, artifact, empty, opened.shapes, {*latents.CONDITIONS}, vocabulary)
+    digests = latent_supply.by_encoder(encoders, lambda one: one.digest)
+    return opened.inputs | {"autoencoder": artifact.digest} | digests
+
+
+_SUPPLIES = {"online": _online, "stored": _latents, "episodes": _episodes}
+
+
+def _require_labels(config: Train, opened: feed.Feed) -> None:
+    if config.denoiser.classes is not None:
+        sample_facts.require_labels(opened.sets, classes=config.denoiser.classes)
+
+
+def _require_frames(config: Train, one: latents.LatentStore) -> None:
+    """Raise ConfigError for clips where pictures are drawn, and for pictures where clips are."""
+    of_clips = config.denoiser.family == "video"
+    if one.frames and not of_clips:
+        raise ConfigError(
+            f"These are latents of clips of {one.frames} frames, and the denoiser draws pictures.",
+            where=one.uri,
+            mend="Give latents of pictures, or a denoiser of the family video.",
+        )
+    if of_clips and not one.frames:
+        raise ConfigError(
+            "The denoiser draws clips, and these latents have no frames.",
+            where=one.uri,
+            mend="Precompute latents of clips, with clip.frames and clip.fps, or give an image denoiser.",
+        )
 
 
 def _require_sampler(config: Train) -> None:
@@ -105,39 +147,46 @@ def _require_sampler(config: Train) -> None:
 def _require_denoiser(
     config: Train,
     artifact: build.AutoencoderArtifact,
-    empty: TextEmbedding,
+    empty: Conditions,
     shapes: Sequence[Shape],
-    *,
-    has_sizes: bool = True,
+    told: Set[str],
+    vocabulary: int,
 ) -> None:
     """Raise ConfigError for a denoiser that does not fit the latents, or their captions.
 
     Args:
-        empty: the embedding of the empty caption, as wide as all are.
+        empty: embeddings of the empty caption, as wide as all are.
         shapes: (height, width) of the pictures behind the latents, pixels.
-        has_sizes: whether each sample says its original size and crop.
+        told: what the data set's index says of each sample.
+        vocabulary: how many tokens the tokenizer of a learned text encoder has.
     """
     net, channels = config.denoiser, artifact.config.latent_channels
-    if net.classes is not None:
-        raise ConfigError(
-            "Stage 2 learns from captions; no data set gives it class labels.",
-            where="denoiser.classes",
-            mend="Set it to null, or choose another denoiser.",
-        )
-    if net.size_numbers and not has_sizes:
+    if net.size_numbers and not set(latents.CONDITIONS) <= told:
         raise ConfigError(
             "These latents do not say how large their pictures were.",
             where="denoiser.size_numbers",
             mend="Precompute them again with this version, or set it to 0.",
         )
-    pooled = empty.pooled_BD.shape[1]
+    text = combination.combine(net, empty.texts)
+    numbers = text is not None and not text.tokens_BLD.is_floating_point()
+    if text is not None and numbers:
+        _require_learned(config, text.tokens_BLD.shape[1], vocabulary)
+    elif net.context_layers:
+        raise ConfigError(
+            "A learned text encoder reads token numbers, and these are embeddings.",
+            where="denoiser.context_layers",
+            mend="Give an encoder of kind tokens, or set it to 0.",
+        )
+    widths = (text.tokens_BLD.shape[2], text.pooled_BD.shape[1]) if text is not None else (None, None)
+    if numbers:
+        widths = (net.context_width, None)
     for key, have, want in (
-        ("denoiser.in_channels", net.in_channels, channels),
-        ("denoiser.out_channels", net.out_channels, channels),
-        ("denoiser.context_width", net.context_width, empty.tokens_BLD.shape[2]),
-        *((("denoiser.pooled_width", net.pooled_width, pooled),) if net.pooled_width is not None else ()),
+        ("denoiser.in_channels", net.in_channels, channels + config.beside.channels(channels)),
+        ("denoiser.out_channels", net.out_channels, channels * (2 if config.objective.learned_variance else 1)),
+        ("denoiser.context_width", net.context_width, widths[0]),
+        ("denoiser.pooled_width", net.pooled_width, widths[1]),
     ):
-        if have != want:
+        if have is not None and have != want:
             raise ConfigError(f"{key} is {have}, but the latents have {want}.", where=key, mend=f"Set {key}={want}.")
     factor = artifact.config.downsampling
     key, unit = (
@@ -150,6 +199,27 @@ def _require_denoiser(
                 f"Latents of {columns}x{rows}, of pictures of {width}x{height}, do not divide by the denoiser's {unit}.",
                 where=key,
                 mend=f"Make heights and widths of pictures multiples of {factor * unit}, or lower {key}.",
+            )
+
+
+def _require_learned(config: Train, tokens: int, vocabulary: int) -> None:
+    """Raise ConfigError for token numbers that the denoiser's own text encoder does not take."""
+    net = config.denoiser
+    if not net.context_layers:
+        raise ConfigError(
+            "These are token numbers, and the denoiser has no text encoder of its own.",
+            where="denoiser.context_layers",
+            mend="Set it to 8, say, with context_vocabulary, or give a text encoder.",
+        )
+    for field, have, want in (
+        ("tokens", net.context_tokens, tokens),
+        ("vocabulary", net.context_vocabulary, vocabulary),
+    ):
+        if have is None or have < want:
+            raise ConfigError(
+                f"The tokenizer gives {want} {'tokens of a caption' if field == 'tokens' else 'different tokens'}.",
+                where=f"denoiser.context_{field}",
+                mend=f"Set it to {want} or more.",
             )
 
 

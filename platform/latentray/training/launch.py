@@ -43,10 +43,17 @@ def train(config: Train) -> str:
             _seal_run(config, run, out, result, inputs)
     finally:
         if leads and store.exists(store.join(out, telemetry.RUN)):  # a worker began
-            report.write(out, state, resume=resume_command(run, out))
+            _report(run, out, state)
     if state == "stopped":
         raise Stopped("The run was stopped, as asked, after a checkpoint.", where=out, mend=resume_command(run, out))
     return result
+
+
+def _report(run: str, out: str, state: str) -> None:
+    try:
+        report.write(out, state, resume=resume_command(run, out))
+    except OSError as error:  # of a full disk, say: it must not hide what ended the run
+        print(f"report.html could not be written: {error}", flush=True)
 
 
 def new_run_id(stage: str) -> str:

@@ -22,7 +22,7 @@ from latentray.training.clock import CAUSES, CHECKPOINTS, Clock
 from latentray.training.ema import EMA
 from latentray.training.engine import Engine
 from latentray.training.feed import Feed, Ledger
-from latentray.training.guard import Guard
+from latentray.training.guard import Guard, Heard
 from latentray.training.policies import Answer
 from latentray.training.stage1 import AutoencoderStage
 from latentray.training.stage2 import DiffusionStage
@@ -30,6 +30,9 @@ from latentray.training.state import Worker
 from latentray.training.stopping import Stop
 from latentray.training.telemetry import Telemetry
 from latentray.training.watchdog import Watchdog
+
+_ASK_EVERY_S = 5.0
+"""A cloud tells of a node that it takes back half a minute to two minutes before; asking is a round trip of all ranks."""
 
 STAGES: dict[str, Callable[[Worker], Stage]] = {"autoencoder": AutoencoderStage, "diffusion": DiffusionStage}
 
@@ -54,14 +57,34 @@ class Stage(Protocol):
     def finish(self, ema: EMA) -> export.Exported | None: ...
 
 
+class Shown(Protocol):
+    """Whoever is told how far a run is (`reporting.progress.Progress`)."""
+
+    def update(
+        self,
+        samples: int,
+        *,
+        loss: float | None = None,
+        samples_per_second: float | None = None,
+        data_wait_share: float | None = None,
+        checkpoint_age: float | None = None,
+        restarts: int = 0,
+        goodput: float | None = None,
+    ) -> None: ...
+
+    def close(self) -> None: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Hooks:
     """What the surroundings of a worker are told, and asked."""
 
     on_checkpoint: Callable[[str, int], None] = lambda uri, step: None
     """Called on every rank with the URI and step of each checkpoint that was begun."""
-    preempted: Callable[[], bool] = lambda: False
-    """Whether a node is about to be taken away; asked on every rank equally often, whenever something is logged."""
+    progress: Callable[[int, str, int], Shown] = Progress.begin
+    """Makes what rank 0 tells its progress to, from the samples of the run, its stage and the samples it begins at."""
+    leaving: Callable[[], frozenset[str]] = frozenset
+    """The nodes of this run that will be taken away. Collective; asked on every rank in the same steps, every few seconds."""
 
 
 def run(worker: Worker, hooks: Hooks = Hooks()) -> bool:
@@ -72,11 +95,12 @@ def run(worker: Worker, hooks: Hooks = Hooks()) -> bool:
     FingerprintMismatch or ArtifactError where the run's checkpoints cannot be continued.
     """
     stop = Stop(worker.out, leads=worker.leads)
-    watchdog = Watchdog(worker, worker.config.faults, poll=stop.poll)
+    watchdog = Watchdog(worker, worker.config.faults)
     try:
         with stop.on_signal():
             return _Loop(worker, hooks, stop, watchdog).run()
     finally:
+        stop.close()
         watchdog.close()
 
 
@@ -105,9 +129,11 @@ class _Loop:
         self.accumulation = self.config.micro_and_accumulation(worker.world)[1]
         begun, self.total = self.order.samples_before(self.first), self.order.samples_before(self.last)
         self.telemetry = Telemetry(worker, facts=self.stage.facts, inputs=self.stage.inputs, resumed_at=begun)
-        self.progress = Progress(self.total, self.config.stage.name, start_samples=begun) if worker.leads else None
+        self.progress = hooks.progress(self.total, self.config.stage.name, begun) if worker.leads else None
         self.clock = Clock.begin()
         self.dropped = self.dropped_in_a_row = self.rollbacks = 0
+        self.leaving: frozenset[str] = frozenset()
+        self.asked_at = time.monotonic()
         if worker.leads and self.saved is not None:
             print(_resumed(self.saved), flush=True)
 
@@ -145,40 +171,53 @@ class _Loop:
             self.watchdog.at(step if step > self.first else -1)
             samples, seen = self.order.samples_before(step), self.order.samples_before(step + 1)
             lr = self.config.optimizer.lr_at(seen, self.total)
-            stopping = self._step(batches, samples, seen, lr)
+            heard = self._step(batches, samples, seen, lr)
             logs = _crossed(samples, seen, self.config.log_every_samples) or step == self.last - 1
             if logs:
                 self._log(step, seen, lr)
             due = _crossed(samples, seen, self.config.checkpoint_every_samples)
-            if stopping or due or (logs and self.hooks.preempted()):
+            just_in_time = heard.ask and self._is_another_leaving(seen)
+            if heard.stop or due or just_in_time:
                 self._save(step + 1)
-            if stopping:
+            if heard.stop:
                 if self.worker.leads:
                     print(f"stopped at {seen} samples, as asked; a checkpoint is being written", flush=True)
                 return False
         return True
 
-    def _step(self, batches: Iterator[Any], samples: int, seen: int, lr: float) -> bool:
-        """One global batch; True where a rank was asked to stop."""
+    def _is_another_leaving(self, seen: int) -> bool:
+        """True once for each node that will be taken away: it costs one checkpoint just in time, and training goes on."""
+        self.asked_at = time.monotonic()
+        before, self.leaving = self.leaving, self.hooks.leaving()
+        if self.leaving <= before:
+            return False
+        if self.worker.leads:
+            told = ", ".join(sorted(self.leaving - before))
+            print(f"node {told} will be taken away: a checkpoint is written at {seen} samples", flush=True)
+        return True
+
+    def _step(self, batches: Iterator[Any], samples: int, seen: int, lr: float) -> Heard:
+        """One global batch, and what the ranks told each other with it."""
         asked = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - asked
         self.ledger.note(batch)
         for engine in self.stage.engines.values():
             engine.set_lr(lr)
-        self.guard.tell(stop=self.stop.asked, failed=self.checkpoints.failed)
+        ask = self.worker.leads and time.monotonic() - self.asked_at >= _ASK_EVERY_S
+        self.guard.tell(stop=self.stop.asked, failed=self.checkpoints.failed, ask=ask)
         size = len(batch.ids) // self.accumulation
         metrics = [self.stage.step(part, samples) for part in self.stage.micro_batches(batch, size)]
-        applied, stopping, failed = self.guard.after_step()
-        if failed:
+        heard = self.guard.after_step()
+        if heard.failed:
             self.checkpoints.give_up()
-        if applied:
+        if heard.applied:
             self.ema.update(seen - samples)
         seconds = time.perf_counter() - asked
-        self.telemetry.step(metrics if applied else [], data_wait=waited, seconds=seconds)
-        self.clock.step(seconds=seconds, data_s=waited, applied=applied)
-        self._mind_drops(applied, seen)
-        return stopping
+        self.telemetry.step(metrics if heard.applied else [], data_wait=waited, seconds=seconds)
+        self.clock.step(seconds=seconds, data_s=waited, applied=heard.applied)
+        self._mind_drops(heard.applied, seen)
+        return heard
 
     def _mind_drops(self, applied: bool, seen: int) -> None:
         """After so many dropped steps in a row, go back to the last checkpoint's weights; the data goes on where it is."""
@@ -217,7 +256,7 @@ class _Loop:
             names.RUN_GOODPUT: self.clock.goodput(now),
             names.RUN_RESTARTS: self.clock.restarts,
             names.CHECKPOINT_STALL_SECONDS: self.checkpoints.stalled_s,
-        } | self.ledger.figures()
+        } | self.ledger.figures(seen)
         shares = self.clock.shares(now)
         about |= {names.lost_to(cause): shares[cause] for cause in CAUSES}
         if self.checkpoints.written_at is not None:
@@ -231,6 +270,7 @@ class _Loop:
                 data_wait_share=logged[names.TRAIN_DATA_WAIT_SHARE],
                 checkpoint_age=logged.get(names.CHECKPOINT_AGE_SECONDS),
                 restarts=self.clock.restarts,
+                goodput=about[names.RUN_GOODPUT],
             )
 
     def _save(self, step: int) -> None:
@@ -240,11 +280,10 @@ class _Loop:
             self._roll_back(answer, "the weights were no numbers any more", self.order.samples_before(step))
             return
         self.telemetry.upload()  # before the checkpoint: a run that continues from it finds every line up to it
-        cursor = self.order.cursor(step, damaged=self.ledger.damaged()).to_dict()
         samples = self.order.samples_before(step)
-        before = self.checkpoints.stalled_s
+        cursor = self.order.cursor(step, damaged=self.ledger.damaged(samples)).to_dict()
+        begun = time.perf_counter()
         uri = self.checkpoints.save(cursor=cursor, samples=samples, clock=self.clock.to_dict())
-        self.clock.lose(CHECKPOINTS, self.checkpoints.stalled_s - before)
         failures = self.checkpoints.failures
         if policies.after_failed_checkpoint(failures, self.config.faults) is Answer.STOP:
             raise StorageFailed(
@@ -253,6 +292,7 @@ class _Loop:
                 mend="Mend the storage, and resume the run; or allow more (faults.failed_checkpoints).",
             )
         self.hooks.on_checkpoint(uri, step)
+        self.clock.lose(CHECKPOINTS, time.perf_counter() - begun)  # Ray may take seconds to be told
 
     def _finish(self) -> None:
         if self.worker.leads and self.worker.device.type == "cpu":

@@ -9,17 +9,18 @@ from torch import Tensor
 
 from latentray import build
 from latentray.checkpoint import manifest, store
-from latentray.conditioning import text
 from latentray.config import compose
 from latentray.data import members
 from latentray.data.shards import IndexedShards
 from latentray.errors import DataError, DigestMismatch
 from latentray.evaluation import autoencoders
 from latentray.inference import model_folder
-from latentray.inference.sampling import SamplingRequest, TextToImage
+from latentray.inference.examples import example
+from latentray.inference.sampling import TextToImage
 from latentray.records import LATENT_MEMBER, PICTURE_SUFFIXES
 from latentray.reporting import pictures
 from latentray.tracking import names
+from latentray.training import latent_supply
 from latentray.training.export import Exported
 from latentray.training.feed import Feed
 from latentray.training.latent_supply import LatentSpace
@@ -42,11 +43,12 @@ def model(
     config = worker.config
     artifact = build.autoencoder_artifact(space.autoencoder_uri)
     space.require_autoencoder(artifact)
-    encoder = text.load(space.text.source, name=space.text.name)
+    encoders = [one.load() for one in space.texts]
     defaults = model_folder.SamplingDefaults(
         sampler=config.stage.sampler, steps=config.stage.sampling_steps, guidance_scale=config.stage.guidance_scale
     )
-    lineage = dict(inputs) | {"autoencoder": artifact.digest, "text_encoder": encoder.digest}
+    digests = latent_supply.by_encoder(encoders, lambda one: one.digest)
+    lineage = dict(inputs) | {"autoencoder": artifact.digest} | digests
     samples = feed.order.samples_before(feed.order.steps_to(config.total_samples))
     meta = {"run": worker.run, "samples": samples, **facts}
     uri = store.join(worker.out, "model")
@@ -59,9 +61,13 @@ def model(
             denoiser_config=config.denoiser,
             denoiser_state=state,
             objective=config.objective,
-            text_encoder=encoder,
+            text_encoders=encoders,
             defaults=defaults,
             size=space.size,
+            beside=config.beside,
+            frames=space.frames,
+            fps=space.fps,
+            classes=space.classes,
         )
         listing = manifest.publish(
             folder, uri, kind="model", inputs=lineage, config=compose.to_dict(config), meta=meta, replace=True
@@ -79,30 +85,44 @@ def model(
 
 
 def sample_grid(model_uri: str, training: IndexedShards, device: str) -> np.ndarray:
-    """Pictures drawn from captions of the training set, as one grid, uint8 (H, W, 3)."""
+    """Pictures or clips drawn from captions of the training set, as one sheet, uint8 (H, W, 3)."""
     sampler = TextToImage.load(model_uri, device=device)
-    captions = sorted(set(_captions(training, 8 * _SAMPLES))) or [""]
-    captions = [captions[i] for i in autoencoders.spread(len(captions), _SAMPLES)]
+    if sampler.makes_larger:
+        originals = autoencoders.load_pictures(training, sampler.size, limit=_SAMPLES)
+        captions = autoencoders.load_captions(training, limit=_SAMPLES)
+        labels = autoencoders.load_labels(training, limit=_SAMPLES)
+    else:
+        found = sorted(set(_told(training, 8 * _SAMPLES))) or [("", -1)]
+        chosen = [found[i] for i in autoencoders.spread(len(found), _SAMPLES)]
+        captions, labels = [caption for caption, _ in chosen], [label for _, label in chosen]
+        originals = None
     requests = [
-        SamplingRequest(
-            prompt=caption,
-            steps=sampler.defaults.steps,
-            guidance_scale=sampler.defaults.guidance_scale,
+        example(
+            sampler,
+            caption,
             seed=number,
-            sampler=sampler.defaults.sampler,
-            height=sampler.size,
-            width=sampler.size,
+            label=label,
+            original_HWC=None if originals is None else originals[number],
         )
-        for number, caption in enumerate(captions)
+        for number, (caption, label) in enumerate(zip(captions, labels, strict=True))
     ]
+    if sampler.classes is not None:
+        captions = [f"{sampler.name_of(label)}: {caption}" for caption, label in zip(captions, labels, strict=True)]
     drawn = [picture.pixels_HWC for picture in sampler.sample(requests)]
-    return np.asarray(pictures.grid(drawn, columns=6, captions=captions, scale=2 if sampler.size <= 128 else 1))
+    scale = 2 if sampler.size <= 128 else 1
+    if sampler.frames:
+        return np.asarray(pictures.filmstrips(drawn, captions, scale=scale))
+    return np.asarray(pictures.grid(drawn, columns=6, captions=captions, scale=scale))
 
 
-def _captions(training: IndexedShards, count: int) -> Iterator[str]:
-    """The first caption of samples spread over a data set of pictures or latents. Damage was dealt with in training."""
-    for x in autoencoders.spread(training.count, count):
+def _told(training: IndexedShards, count: int) -> Iterator[tuple[str, int]]:
+    """First caption and label, -1 for none, of samples spread over a data set of pictures or latents.
+
+    Damage was dealt with in training.
+    """
+    rows = autoencoders.spread(training.count, count)
+    for x, label in zip(rows, autoencoders.load_labels(training, limit=count), strict=True):
         try:
-            yield members.captions_of(members.decode_sample(training.read(x), as_bytes=_NOT_TEXTS))[0]
+            yield members.captions_of(members.decode_sample(training.read(x), as_bytes=_NOT_TEXTS))[0], label
         except (DataError, DigestMismatch):
             continue

@@ -6,13 +6,15 @@ has a fresh name there, and a run cannot be resumed by accident, nor lost with a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import os
 import secrets
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,12 +25,19 @@ from latentray.config import compose
 from latentray.config.command import known_cause
 from latentray.config.train import Train
 from latentray.errors import ConfigError, LatentrayError, TrainingFailed
+from latentray.reporting.progress import Progress, is_terminal
+from latentray.training import board as board_module
 from latentray.training import stopping
+from latentray.training.board import Board, Told
 from latentray.training.loop import Hooks
 from latentray.training.worker import device_of, work
 
+_PLACED_WITHIN, _PLACED_WITHIN_S = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20"
+"""Ray counts nodes every 20 s, so it may place workers on one that has just died, and waits a minute for it by default. Where
+a run goes on with fewer, it only places workers on nodes that it saw: what is not placed at once never is."""
 _FOLDER = "ray"
-"""Below the run's: what Ray Train keeps, and how the launch ended."""
+"""Below the run's: what Ray Train keeps while a launch lasts."""
+_ANSWER_S = 10.0
 
 
 def train(config: Train, run: str, out: str) -> bool:
@@ -51,13 +60,17 @@ def train(config: Train, run: str, out: str) -> bool:
     folder = store.join(out, _FOLDER)
     filesystem, path = store.filesystem(folder)
     most, fewest = config.cluster.workers, config.cluster.min_workers
+    if fewest is not None:
+        os.environ.setdefault(_PLACED_WITHIN, _PLACED_WITHIN_S)
+    board = _board()
     trainer = TorchTrainer(
-        functools.partial(_work, config=compose.to_dict(_absolute(config)), run=run, out=out, launch=launch),
+        functools.partial(_work, config=compose.to_dict(_absolute(config)), run=run, out=out, board=board),
         torch_config=TorchConfig(
             backend="nccl" if use_gpu else "gloo", timeout_s=int(config.cluster.collective_timeout_s)
         ),
         scaling_config=ScalingConfig(
             num_workers=most if fewest is None else (fewest, most),
+            elastic_resize_monitor_interval_s=config.cluster.resize_every_s,
             use_gpu=use_gpu,
             resources_per_worker={"CPU": config.cluster.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
         ),
@@ -70,10 +83,10 @@ def train(config: Train, run: str, out: str) -> bool:
         ),
     )
     try:
-        with _stop_on_sigterm(out):
+        with _stop_on_sigterm(out), _drawn(board):
             trainer.fit()
     except ray.train.TrainingFailedError as error:
-        own = _raised(folder, launch) or known_cause(error)
+        own = _raised(board) or known_cause(error)
         if own is not None:
             raise own from None
         raise TrainingFailed(
@@ -81,11 +94,30 @@ def train(config: Train, run: str, out: str) -> bool:
             where=out,
             mend=f"See the workers' output above, mend the cause and resume with run={run}.",
         ) from error
-    own = _raised(folder, launch)
+    own = _raised(board)
     if own is not None:
         raise own
     store.delete(folder)
     return not stopping.requested(out)
+
+
+def _board() -> Any:
+    """A board on the driver's own node: the others may go."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    made: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Board)
+    return made.remote(drawn=is_terminal(sys.stdout))
+
+
+def _asked(reference: Any, otherwise: Any = None) -> Any:
+    """What a board answers; where it does not, since the cluster is busy or gone, what is said of it otherwise."""
+    import ray
+
+    with contextlib.suppress(ray.exceptions.RayError):
+        return ray.get(reference, timeout=_ANSWER_S)
+    return otherwise
 
 
 def _use_gpu(config: Train, gpus: float) -> bool:
@@ -99,7 +131,7 @@ def _use_gpu(config: Train, gpus: float) -> bool:
     return config.cluster.device != "cpu" and gpus >= wanted
 
 
-@contextmanager
+@contextlib.contextmanager
 def _stop_on_sigterm(out: str) -> Iterator[None]:
     """SIGTERM to the driver asks the workers to save a checkpoint and end; `fit` then comes back by itself."""
     if threading.current_thread() is not threading.main_thread():
@@ -112,29 +144,49 @@ def _stop_on_sigterm(out: str) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextlib.contextmanager
+def _drawn(board: Any) -> Iterator[None]:
+    """What rank 0 tells the board is drawn meanwhile, where standard output is a terminal."""
+    if not is_terminal(sys.stdout):
+        yield
+        return
+
+    over = threading.Event()
+    thread = threading.Thread(
+        target=board_module.draw, args=(lambda: _asked(board.said.remote()), over), name="progress", daemon=True
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 def _absolute(config: Train) -> Train:
     """The same configuration with absolute inputs: workers start in a folder of their own."""
     changed: dict[str, Any] = {
         key: store.absolute(value)
-        for key in ("data", "latents", "autoencoder_from")
+        for key in ("data", "latents", "autoencoder_from", "denoiser_from")
         if (value := getattr(config, key)) is not None
     }
     mixture = [dataclasses.replace(one, uri=store.absolute(one.uri)) for one in config.mixture.of]
     return dataclasses.replace(config, mixture=dataclasses.replace(config.mixture, of=mixture), **changed)
 
 
-def _work(config: dict[str, Any], run: str, out: str, launch: str) -> None:
+def _work(config: dict[str, Any], run: str, out: str, board: Any) -> None:
     """What each Ray Train worker runs: the very loop that torchrun runs."""
     import ray.train
     from ray.train.v2.api.config import RunConfig  # noqa: F401  (fails early where Train v1 is active)
 
-    folder = store.join(out, _FOLDER)
-    if _raised(folder, launch) is not None:
+    if _asked(board.failed.remote()) is not None:
         return  # another worker ended this launch on purpose; only its error is left to be told
     context = ray.train.get_context()
     rank = context.get_world_rank()
     hooks = Hooks(
-        on_checkpoint=lambda uri, step: ray.train.report({"checkpoint": uri, "step": step}), preempted=_preempted
+        on_checkpoint=lambda uri, step: ray.train.report({"checkpoint": uri, "step": step}),
+        leaving=_leaving,
+        progress=functools.partial(Told, board.say.remote) if _asked(board.drawn.remote(), False) else Progress.begin,
     )
     try:
         finished = work(
@@ -147,32 +199,28 @@ def _work(config: dict[str, Any], run: str, out: str, launch: str) -> None:
             hooks=hooks,
         )
     except LatentrayError as error:
-        store.write_json(_error_of(folder, launch, rank), _told(error))
+        _asked(board.fail.remote(_told(error)))
         raise
     if not finished and rank == 0:
         stopping.request(out)  # where the worker itself was asked, the driver hears it
 
 
-def _preempted() -> bool:
-    """Whether Ray knows that a node will be taken back. Collective: Ray asks all ranks."""
+def _leaving() -> frozenset[str]:
+    """The nodes of this run that Ray knows will be taken back. Collective: Ray waits for all ranks."""
     import ray.train
 
-    return ray.train.get_preemption_info() is not None
-
-
-def _error_of(folder: str, launch: str, rank: int) -> str:
-    return store.join(folder, f"error-{launch}-{rank:05d}.json")
+    info = ray.train.get_preemption_info()
+    return frozenset(info.preempted_node_ids if info is not None else ())
 
 
 def _told(error: LatentrayError) -> dict[str, Any]:
     return {"type": type(error).__name__, "what": error.what, "where": error.where, "mend": error.mend}
 
 
-def _raised(folder: str, launch: str) -> LatentrayError | None:
+def _raised(board: Any) -> LatentrayError | None:
     """The error that a worker of this launch raised on purpose."""
-    for name in store.list_files(folder):
-        if name.startswith(f"error-{launch}-"):
-            told = store.read_json(store.join(folder, name))
-            kind = getattr(errors, told["type"], TrainingFailed)
-            return kind(told["what"], where=told["where"], mend=told["mend"])
-    return None
+    told = _asked(board.failed.remote())
+    if told is None:
+        return None
+    kind = getattr(errors, told["type"], TrainingFailed)
+    return kind(told["what"], where=told["where"], mend=told["mend"])

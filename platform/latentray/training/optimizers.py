@@ -10,6 +10,7 @@ from torch import nn
 
 from latentray.config.optimizer import OptimizerConfig
 from latentray.errors import ConfigError
+from latentray.models.matrices import hidden_matrices
 
 MOMENTUM = "momentum_buffer"
 """Muon's only state."""
@@ -24,32 +25,12 @@ STATES = {
 LR_RATIO = "lr_ratio"
 """Key of a parameter group: its learning rate, as a multiple of `optimizer.lr`."""
 
-_MATRIX_NDIM = (2, 4)
-"""Linear weights, and convolutions seen as matrices of (out, in x height x width)."""
-_HALVES = ("encoder", "decoder")
-
 
 def build(
     module: nn.Module, config: OptimizerConfig, *, muon: Callable[..., torch.optim.Optimizer]
 ) -> torch.optim.Optimizer:
     """The optimizer of a network's trained parameters. `muon` is DeepSpeed's class (only the engine talks to DeepSpeed)."""
     return BUILDERS[config.name](module, config, muon)
-
-
-def hidden_matrices(module: nn.Module) -> list[nn.Parameter]:
-    """What Muon is meant for (Jordan et al. 2024): the matrices between a network's input and its output.
-
-    What the network, or its encoder and decoder, holds directly is its input, its output and how it takes its conditions;
-    embeddings, norms, biases and kernels over one or three axes are no matrices.
-    """
-    tables = {id(one.weight) for one in module.modules() if isinstance(one, nn.Embedding)}
-    found = []
-    for name, p in module.named_parameters():
-        owner = name.split(".")[:-1]
-        inner = owner[1:] if owner and owner[0] in _HALVES else owner
-        if p.requires_grad and p.ndim in _MATRIX_NDIM and len(inner) > 1 and id(p) not in tables:
-            found.append(p)
-    return found
 
 
 def require_compiler() -> None:

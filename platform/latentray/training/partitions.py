@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from torch import Tensor
 from latentray.errors import ArtifactError
 
 WEIGHT, EMA = "weight", "ema"
+CODEBOOK = "codebook"
+"""What a VQ autoencoder's codebook is kept under, whole."""
 """Names of the fp32 weights and of their average; the optimizer's states have its own names (`exp_avg`, ...)."""
 
 _WHOLE = "whole"
@@ -190,7 +192,3 @@ def require_same(pieces: Pieces, shapes: Mapping[str, tuple[int, ...]]) -> None:
             where=pieces.where,
             mend="Use the configuration that the run began with.",
         )
-
-
-Reader = Callable[[str], Pieces]
-"""An engine's name -> its pieces."""

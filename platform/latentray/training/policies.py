@@ -85,15 +85,17 @@ class Hang:
         return f"{where} has been there for {one.in_step_s:.0f} s"
 
 
+def silent(beats: Mapping[int, Beat], faults: FaultsConfig) -> Hang | None:
+    """The process that stands still, None where none does."""
+    found = [one for one in beats.values() if one.silent_s > faults.silent_s]
+    return Hang(beat=max(found, key=lambda one: one.silent_s), silent=True) if found else None
+
+
 def hang(beats: Mapping[int, Beat], faults: FaultsConfig) -> Hang | None:
     """The rank that hangs, None where none does. A silent process counts first, then the rank that is furthest behind."""
-    silent = [one for one in beats.values() if one.silent_s > faults.silent_s]
-    if silent:
-        return Hang(beat=max(silent, key=lambda one: one.silent_s), silent=True)
     slow = [one for one in beats.values() if one.watched and one.in_step_s > _patience(one.step, faults)]
-    if slow:
-        return Hang(beat=min(slow, key=lambda one: (one.step, -one.in_step_s)), silent=False)
-    return None
+    late = Hang(beat=min(slow, key=lambda one: (one.step, -one.in_step_s)), silent=False) if slow else None
+    return silent(beats, faults) or late
 
 
 def _patience(step: int, faults: FaultsConfig) -> float:

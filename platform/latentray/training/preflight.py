@@ -10,7 +10,7 @@ from latentray import build, tracking
 from latentray.checkpoint import store
 from latentray.config import compose
 from latentray.config.train import Train
-from latentray.training import checkpoint, inputs, optimizers
+from latentray.training import checkpoint, engine, inputs, optimizers
 
 
 def check(config: Train, out: str) -> dict[str, str]:
@@ -18,6 +18,8 @@ def check(config: Train, out: str) -> dict[str, str]:
     tracking.check(config.tracking)
     if config.cluster.kind != "ray" and (config.compile or config.optimizer.name == "muon"):
         optimizers.require_compiler()
+    if config.cluster.kind != "ray" and config.deepspeed.offload_parameters == "nvme":
+        engine.require_nvme(config.deepspeed.nvme_path or "")
     for world in worlds_of(config):
         config.require_divisible(world)
     found = inputs.check(config, world_of(config))

@@ -85,13 +85,18 @@ def describe(out: str, state: str, records: Records, *, resume: str = "") -> dic
     }
 
 
+_EVALUATED = {"video": "suite=clips data=...", "policy": "suite=policy"}
+"""Family -> how its models are evaluated, where that is another suite than the standard one."""
+
+
 def next_command(kind: str, result: str, config: Mapping[str, Any]) -> str:
     """The job that takes what a run made."""
     if kind == "autoencoder":
         mixed = (config.get("mixture") or {}).get("of") or [{}]
         data = config.get("data") or mixed[0].get("uri") or "..."
         return f"python -m jobs.precompute_latents data={data} autoencoder_from={result} out=..."
-    return f"python -m jobs.evaluate model={result} data=..."
+    family = str((config.get("denoiser") or {}).get("family"))
+    return f"python -m jobs.evaluate model={result} {_EVALUATED.get(family, 'data=...')}"
 
 
 def _commands(
@@ -120,6 +125,7 @@ def _lineage(
         "dataset": config.get("data"),
         "latents": config.get("latents"),
         "autoencoder": config.get("autoencoder_from"),
+        "denoiser": config.get("denoiser_from"),
     }
     entries: list[dict[str, Any]] = [
         {"role": role, "kind": role.split(".", 1)[0], "digest": digest, "uri": places.get(role) or "", "inputs": {}}

@@ -1,4 +1,5 @@
-"""Stage 1: the autoencoder, trained by reconstruction + LPIPS + KL + an adversarial term (Rombach et al. 2022).
+"""Stage 1: the autoencoder, trained by reconstruction + LPIPS + an adversarial term (Rombach et al. 2022), and by what keeps
+its latents in bounds: the KL term, or the commitment to a codebook (van den Oord et al. 2017, equation 3).
 
 Two engines, one forward and one backward each per micro-batch. The adversarial term enters through its gradient in the
 picture, d L_adv/d rec, times the adaptive weight: a surrogate loss with the same gradient as the sum of the terms, which
@@ -8,26 +9,30 @@ works under every ZeRO stage, and leaves the discriminator's parameters without 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from latentray import build, randomness
-from latentray.checkpoint import store
+from latentray.checkpoint import store, weights
 from latentray.data.picture_batches import picture_batches
 from latentray.data.transforms import Augment
 from latentray.models import perceptual
-from latentray.models.autoencoder import KLAutoencoder, Posterior, last_layer_gradient
+from latentray.models.autoencoder import Posterior, last_layer_gradient
 from latentray.models.discriminator import PatchDiscriminator, adaptive_weight, discriminator_hinge, generator_hinge
 from latentray.randomness import Purpose
 from latentray.records import PictureBatch
 from latentray.tracking import names
-from latentray.training import export
+from latentray.training import export, initial_weights
+from latentray.training.codebook import Codebook, CodebookEngine
 from latentray.training.ema import EMA
 from latentray.training.engine import Engine
 from latentray.training.feed import Feed
 from latentray.training.state import Worker
+
+CODEBOOK = "quantizer.codebook_KD"
 
 
 class AutoencoderStage:
@@ -37,11 +42,22 @@ class AutoencoderStage:
         config = worker.config
         self.worker, self.stage = worker, config.stage
         self.feed = Feed.open(config)
-        self.inputs = self.feed.inputs
-        net = build.seeded(lambda: KLAutoencoder(config.autoencoder), config.seed)
+        self.initial = initial_weights.autoencoder(config)
+        self.inputs = self.feed.inputs | ({"autoencoder": self.initial.digest} if self.initial else {})
+        net: Any = build.seeded(lambda: build.autoencoder(config.autoencoder), config.seed)
+        if self.initial is not None:
+            weights.load_into(net, self.initial.state(), where=self.initial.uri)
+        self.trains_encoder = self.stage.train_only == "all"
+        net.encoder.requires_grad_(self.trains_encoder)
         last = net.decoder.conv_out.weight.shape  # ZeRO-3 empties shapes once the engine holds the network
         self.last_shape = torch.Size(last)
-        self.engine = Engine(net, config, world=worker.world, device=worker.device)
+        self.codebook: Codebook | None = None
+        self.engine: Engine
+        if config.autoencoder.kind == "vq" and self.trains_encoder:
+            engine = CodebookEngine(net, config, world=worker.world, device=worker.device)
+            self.engine, self.codebook = engine, engine.codebook
+        else:
+            self.engine = Engine(net, config, world=worker.world, device=worker.device)
         self.engines = {"autoencoder": self.engine}
         self.perceptual: perceptual.Perceptual | None = None
         if self.stage.lpips.weight > 0:
@@ -99,12 +115,15 @@ class AutoencoderStage:
         net = self.worker.config.autoencoder
         latent_shape = (net.latent_channels, x.shape[2] // net.downsampling, x.shape[3] // net.downsampling)
         noise = randomness.normal(keys, latent_shape)
-        rec, mean, logvar, features = self.engine(x.to(self.engine.dtype), noise.to(self.engine.dtype))
-        posterior = Posterior(mean_BChw=mean, logvar_BChw=logvar)
+        rec, latent, about, features = self.engine(x.to(self.engine.dtype), noise.to(self.engine.dtype))
         metrics: dict[str, Tensor] = {}
-        kl = (weight * posterior.kl()).mean()
-        loss = self._reconstruction(rec.float(), x, weight, samples, metrics) + stage.kl_weight * kl
-        metrics[names.AUTOENCODER_KL] = kl
+        loss = self._reconstruction(rec.float(), x, weight, samples, metrics)
+        if self.trains_encoder and self.codebook is None:
+            kl = (weight * Posterior(mean_BChw=latent, logvar_BChw=about).kl()).mean()
+            loss = loss + stage.kl_weight * kl
+            metrics[names.AUTOENCODER_KL] = kl
+        elif self.codebook is not None:
+            loss = loss + stage.codebook.commitment * self._commitment(latent, about, batch, weight, metrics)
         adversarial = self.discriminator is not None and samples >= stage.discriminator.start_samples
         if adversarial:
             loss = loss + self._adversarial(rec, x, weight, features, samples, metrics)
@@ -127,6 +146,19 @@ class AutoencoderStage:
             metrics[names.AUTOENCODER_LPIPS] = distance
             loss = loss + self.stage.lpips.weight * distance
         return loss
+
+    def _commitment(
+        self, latent: Tensor, codes_B1hw: Tensor, batch: PictureBatch, weight_B: Tensor, metrics: dict[str, Tensor]
+    ) -> Tensor:
+        """Squared distance of the encoder's outputs, (B,C,h,w), from their vectors; the codebook takes note of them."""
+        assert self.codebook is not None
+        distance = (latent.float() - self.codebook.quantizer.lookup(codes_B1hw)).square()
+        commitment = (weight_B * distance.flatten(1).mean(1)).mean()
+        self.codebook.observe(latent, codes_B1hw, batch.ids, weight_B)
+        metrics[names.AUTOENCODER_COMMITMENT] = commitment
+        metrics[names.CODEBOOK_USAGE] = self.codebook.usage.float()
+        metrics[names.CODEBOOK_PERPLEXITY] = self.codebook.perplexity.float()
+        return commitment
 
     def _adversarial(
         self, rec: Tensor, x: Tensor, weight_B: Tensor, features: Tensor, samples: int, metrics: dict[str, Tensor]
@@ -166,6 +198,10 @@ class AutoencoderStage:
         state = ema.full_state()
         if not self.worker.leads:
             return None
+        if self.codebook is not None:
+            state[CODEBOOK] = self.codebook.average_KD.cpu().clone()
+        if self.initial is not None:
+            state = self.initial.state() | state  # what was frozen, to the bit
         return export.autoencoder(
             self.worker,
             state,
@@ -174,4 +210,5 @@ class AutoencoderStage:
             perceptual=self.perceptual,
             inputs=self.inputs,
             facts=self.facts,
+            encoder_of=None if self.trains_encoder else self.initial,
         )

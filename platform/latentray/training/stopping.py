@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 
 from latentray.checkpoint import store
@@ -17,28 +17,32 @@ _EVERY_S = 2.0
 
 
 class Stop:
-    """Whether this worker was asked to stop: by SIGTERM, or on rank 0 by the file that `request` writes."""
+    """Whether this worker was asked to stop: by SIGTERM, or on rank 0 by the file that `request` writes.
+
+    The file is looked for by a thread of its own: a store that is slow or out holds up neither a step nor a sign of life.
+    """
 
     def __init__(self, out: str, *, leads: bool) -> None:
-        self._out, self._leads = out, leads
-        self._asked = threading.Event()
-        self._looked = 0.0
-        self._began = time.time()
+        self._out = out
+        self._asked, self._over = threading.Event(), threading.Event()
+        if leads:
+            threading.Thread(target=self._look, name="stop-request", daemon=True).start()
 
     @property
     def asked(self) -> bool:
         return self._asked.is_set()
 
-    def poll(self) -> None:
-        """Look for the file, now and then; called by a thread of its own."""
-        now = time.monotonic()
-        if not self._leads or self.asked or now - self._looked < _EVERY_S:
-            return
-        self._looked = now
-        if requested(self._out):
-            self._asked.set()
+    def close(self) -> None:
+        """Look no longer."""
+        self._over.set()
 
-    @contextmanager
+    def _look(self) -> None:
+        while not self._over.wait(_EVERY_S) and not self.asked:
+            with contextlib.suppress(OSError):  # of a store that is out; it is asked again
+                if requested(self._out):
+                    self._asked.set()
+
+    @contextlib.contextmanager
     def on_signal(self) -> Iterator[None]:
         """SIGTERM to this process asks it to stop. Only a main thread hears signals; elsewhere nothing changes."""
         if threading.current_thread() is not threading.main_thread():

@@ -60,7 +60,7 @@ PUBLISHED = [
     ("unet_sdxl_refiner", REFINER, 2_259_526_660), ("mmdit_sd3_medium", SD3, 2_028_328_000),
     ("mmdit_sd35_medium", SD35_MEDIUM, 2_243_171_520), ("mmdit_sd35_large", SD35_LARGE, 8_056_627_520),
 ]  # fmt: skip
-TINY = [name for name in compose.groups()["denoiser"] if "tiny" in name]
+TINY = [name for name in compose.groups()["denoiser"] if "tiny" in name and name.startswith(("unet", "mmdit"))]
 
 
 def shipped(name: str) -> DenoiserConfig:

@@ -22,7 +22,8 @@ def _module(name: str, path: Path) -> ModuleType:
     return module
 
 
-_module("gray_shards", Path(__file__).with_name("gray_shards.py"))
+for _name in ("gray_shards", "latent_stores"):
+    _module(_name, Path(__file__).with_name(f"{_name}.py"))
 
 
 @pytest.fixture(scope="session")

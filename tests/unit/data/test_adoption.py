@@ -245,9 +245,9 @@ def test_keys_need_not_be_unique_and_repeats_are_told(tmp_path, capsys):
 
 
 def test_members_apart_are_refused_and_other_members_are_counted(tmp_path, capsys):
-    write_tar(tmp_path / "t" / "0.tar", {"a": sample(0) | {"cls": b"1"}, "b": sample(1)})
+    write_tar(tmp_path / "t" / "0.tar", {"a": sample(0) | {"npy": b"1"}, "b": sample(1)})
     shard_building.build(config(tmp_path / "t", tmp_path / "out"))
-    assert "not decoded: .cls: 1" in capsys.readouterr().out
+    assert "not decoded: .npy: 1" in capsys.readouterr().out
     with tarfile.open(tmp_path / "t" / "0.tar", "a") as tar:
         tar.addfile(tarfile.TarInfo("a.webp"))
     with pytest.raises(DataError, match="'a'"):
@@ -308,7 +308,7 @@ def test_tars_of_webdatasets_own_writer_are_read_where_they_are(tmp_path):
     folder.mkdir()
     with webdataset.TarWriter(str(folder / "00000.tar")) as writer:  # a PAX header before every member
         for i in range(12):
-            writer.write({"__key__": f"{i:09d}", **sample(i), "cls": b"3"})
+            writer.write({"__key__": f"{i:09d}", **sample(i), "npy": b"3"})
     uris = shard_building.build(config(folder, index_only=True))
     found = {}
     for uri in uris:

@@ -88,7 +88,7 @@ def batches(uri, kind, *, skip, steps=2 * SHARDS * EACH // B, workers=0):
     source = OrderedSource([data], order, last_step=steps, skip_damaged=skip)
     if kind == "dataset":
         return data, picture_batches(source, shapes=[(16, 16)], augment=Augment(), workers=workers)
-    return data, latent_batches(source, workers=workers)
+    return data, latent_batches(source, workers=workers, encoders=["clip"])
 
 
 def values(batch):
@@ -227,7 +227,7 @@ def test_a_slice_without_one_good_sample_still_has_its_shape(tmp_path):
         (uri / shards.shard_name(n)).unlink()
     for batch in batches(uri, "latents", skip=True, steps=3)[1]:
         assert batch.mean_BChw.shape == (B, 4, 2, 2)
-        assert batch.text.mask_BL.all()
+        assert batch.given.texts[0].mask_BL.all()
         assert batch.weight_B.sum() + len(batch.damaged) == B
 
 

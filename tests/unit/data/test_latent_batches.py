@@ -68,7 +68,7 @@ def test_each_batch_is_of_one_shape_and_its_samples_are_of_that_bucket(stored):
         h, w = batch.mean_BChw.shape[2] * 8, batch.mean_BChw.shape[3] * 8
         assert {(int(height[one.index]), int(width[one.index])) for one in batch.ids} == {(h, w)}
         assert len(batch.ids) == order.batch_size(t)
-        assert batch.size_B6[:, 4:].tolist() == [[h, w]] * len(batch.ids)
+        assert batch.given.size_B6[:, 4:].tolist() == [[h, w]] * len(batch.ids)
         seen.add((h, w))
     assert len(seen) == 4
 
@@ -76,15 +76,17 @@ def test_each_batch_is_of_one_shape_and_its_samples_are_of_that_bucket(stored):
 @pytest.mark.parametrize("world", [1, 2])
 def test_ranks_join_to_the_same_batches_and_go_on_where_another_stopped(stored, world):
     data, order = opened(stored)
-    whole = list(latent_batches(OrderedSource([data], order, last_step=12)))
+    whole = list(latent_batches(OrderedSource([data], order, last_step=12), encoders=["clip"]))
     ranks = [
-        latent_batches(OrderedSource([data], order, rank=r, world=world, first_step=5, last_step=12))
+        latent_batches(OrderedSource([data], order, rank=r, world=world, first_step=5, last_step=12), encoders=["clip"])
         for r in range(world)
     ]
     for expected, parts in zip(whole[5:], zip(*ranks, strict=True), strict=True):
         assert [one for part in parts for one in part.ids] == expected.ids
         assert torch.equal(torch.cat([part.mean_BChw for part in parts]), expected.mean_BChw)
-        assert torch.equal(torch.cat([part.text.tokens_BLD for part in parts]), expected.text.tokens_BLD)
+        assert torch.equal(
+            torch.cat([part.given.texts[0].tokens_BLD for part in parts]), expected.given.texts[0].tokens_BLD
+        )
 
 
 def test_a_slice_that_is_damaged_throughout_keeps_the_shape_of_its_bucket(stored, tmp_path):

@@ -25,7 +25,7 @@ PIXELS = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (9, 64, 64, 
 def job(tiny, tmp_path_factory) -> Job:
     root = tmp_path_factory.mktemp("encoder")
     source = tiny.write_text_encoder(str(root / "text"))
-    described = latents.TextSource(name="clip", source=source, fingerprint="", width=16, max_tokens=12)
+    described = latents.TextSource.of(text.load(source), source)
     return Job(
         splits=(), samples=9, autoencoder=tiny.write_autoencoder(str(root / "autoencoder")), texts=(described,),
         shapes=(((64, 64),),), window=None, variants=(0,), batch_size=4, latent_dtype="float32", text_dtype="float32",

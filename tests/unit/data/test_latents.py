@@ -8,9 +8,10 @@ import safetensors.torch
 import torch
 
 from latentray.checkpoint import manifest
+from latentray.conditioning import text
 from latentray.config.precompute_latents import PrecomputeLatents
 from latentray.data import latents
-from latentray.errors import ArtifactError, DataError, FingerprintMismatch
+from latentray.errors import ArtifactError, FingerprintMismatch
 from latentray.models.autoencoder import LatentScale
 from latentray.records import TextEmbedding
 
@@ -49,7 +50,7 @@ def test_a_store_is_described_by_its_manifest(tmp_path):
     (tmp_path / "files").mkdir()
     made = manifest.publish(tmp_path / "files", tmp_path / "store", kind="latents", meta=latents.meta_of(one))
     got = latents.describe(str(tmp_path / "store"))
-    assert (got.encoder, got.text_source, got.text_fingerprint, got.text_width) == ("clip", "t", "g", 16)
+    assert [(text.name, text.source, text.fingerprint, text.width) for text in got.texts] == [("clip", "t", "g", 16)]
     assert got == dataclasses.replace(one, uri=str(tmp_path / "store"), listing=made)
     bucketed = store_at(str(tmp_path / "b"), buckets=((64, 64), (32, 96)), frames=8, fps=4.5)
     made = manifest.publish(tmp_path / "files", tmp_path / "b", kind="latents", meta=latents.meta_of(bucketed))
@@ -85,10 +86,19 @@ def test_stores_of_different_encoders_are_not_mixed():
             one.require_like(store_at("y", **change))
 
 
-def test_a_store_without_text_says_so():
-    with pytest.raises(DataError, match="hold no text") as caught:
-        store_at("x", texts=()).require_like(store_at("y"))
-    assert "text_encoder" in caught.value.mend
+def test_stores_of_other_text_encoders_cannot_be_mixed():
+    store_at("x", texts=()).require_like(store_at("y", texts=()))
+    for texts in ((), (dataclasses.replace(TEXT, name="t5"),), (TEXT, dataclasses.replace(TEXT, name="big"))):
+        with pytest.raises(FingerprintMismatch, match="differ in text encoders"):
+            store_at("x", texts=texts).require_like(store_at("y"))
+
+
+def test_a_text_encoder_that_has_changed_is_not_taken_for_the_one_it_was(tiny, tmp_path):
+    source = tiny.write_text_encoder(str(tmp_path / "encoder"))
+    described = latents.TextSource.of(text.load(source), source)
+    assert described.load().fingerprint == described.fingerprint
+    with pytest.raises(FingerprintMismatch, match="has changed"):
+        dataclasses.replace(described, fingerprint="0" * 64).load()
 
 
 def test_a_record_holds_latent_and_embeddings():
@@ -96,7 +106,7 @@ def test_a_record_holds_latent_and_embeddings():
         tokens_BLD=torch.randn(2, 3, 5), mask_BL=torch.ones(2, 3, dtype=torch.bool), pooled_BD=torch.randn(2, 5)
     )
     mean, logvar = torch.randn(4, 2, 2), torch.randn(4, 2, 2)
-    (member,) = latents.record(mean, logvar, latents.text_tensors("clip", text, torch.float16)).values()
+    (member,) = latents.record(mean, logvar, latents.text_tensors("text.clip", text, torch.float16)).values()
     got = safetensors.torch.load(member)
     assert torch.equal(got["mean"], mean) and torch.equal(got["logvar"], logvar)
     assert torch.equal(got["text.clip.tokens"], text.tokens_BLD.half())

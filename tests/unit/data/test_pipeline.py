@@ -134,24 +134,25 @@ def test_without_an_end_it_never_ends(pictures):
     batches.close()
 
 
-def latent_run(data, workers=0, **options):
+def latent_run(data, workers=0, encoders=("clip",)):
     source = OrderedSource([data], Order.of(data.count, 3, B), last_step=6)
-    return list(latent_batches(source, workers=workers, **options))
+    return list(latent_batches(source, workers=workers, encoders=encoders))
 
 
 def test_latents_and_their_drawn_captions(latents):
     seen = set()
     for batch in latent_run(latents):
         assert batch.mean_BChw.dtype == torch.float32
-        assert batch.text.mask_BL.dtype == torch.bool
-        assert batch.text.tokens_BLD.shape == (B, 3, 5)
+        (text,) = batch.given.texts
+        assert text.mask_BL.dtype == torch.bool
+        assert text.tokens_BLD.shape == (B, 3, 5)
         for row, i in enumerate(batch.ids):
             number = int(latents.key(i.index).split("_")[0])
             assert (batch.mean_BChw[row] == number).all()
             assert (batch.logvar_BChw[row] == -number).all()
-            choice = batch.text.pooled_BD[row, 0].item() - 10 * number
+            choice = text.pooled_BD[row, 0].item() - 10 * number
             assert 0 <= choice <= number % 3
-            assert (batch.text.tokens_BLD[row] == 10 * number + choice).all()
+            assert (text.tokens_BLD[row] == 10 * number + choice).all()
             seen.add((number % 3, choice))
     assert {(2, 0), (2, 1), (2, 2)} & seen
     assert (0, 0) in seen
@@ -161,17 +162,22 @@ def test_loader_workers_change_no_latent(latents):
     for one, other in zip(latent_run(latents), latent_run(latents, workers=2), strict=True):
         assert one.ids == other.ids
         assert torch.equal(one.mean_BChw, other.mean_BChw)
-        assert torch.equal(one.text.tokens_BLD, other.text.tokens_BLD)
+        assert torch.equal(one.given.texts[0].tokens_BLD, other.given.texts[0].tokens_BLD)
 
 
-def test_two_encoders_need_a_name(tmp_path):
+def test_the_encoders_asked_for_come_in_their_order_with_the_same_caption(tmp_path):
     made = [latent_sample(i, encoders=("clip", "t5")) for i in range(4)]
     data = publish(tmp_path / "built", tmp_path / "set", made, "latents")
-    with pytest.raises(DataError, match="clip, t5"):
-        latent_run(data)
-    assert len(latent_run(data, encoder="t5")) == 6
+    for both, one, none in zip(
+        latent_run(data, encoders=("t5", "clip")), latent_run(data, encoders=("clip",)), latent_run(data, encoders=()),
+        strict=True,
+    ):  # fmt: skip
+        assert [len(batch.given.texts) for batch in (both, one, none)] == [2, 1, 0]
+        assert torch.equal(both.given.texts[1].tokens_BLD, one.given.texts[0].tokens_BLD)
+        assert torch.equal(both.given.texts[0].pooled_BD, both.given.texts[1].pooled_BD), "one caption for both"
+        assert torch.equal(both.mean_BChw, none.mean_BChw)
     with pytest.raises(DataError, match=r"text\.x"):
-        latent_run(data, encoder="x")
+        latent_run(data, encoders=("x",))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from latent_stores import digests, records
 from PIL import Image
 
 from latentray import build
@@ -21,7 +22,6 @@ from latentray.data import (
     latent_commit,
     latent_shards,
     latents,
-    members,
     precompute,
     shards,
 )
@@ -82,15 +82,6 @@ def config(made, out, **changes) -> PrecomputeLatents:
     return PrecomputeLatents(**(values | changes))
 
 
-def records(uri: str) -> dict[str, dict]:
-    opened = shards.IndexedShards.open(uri, kind="latents")
-    return {opened.key(x): members.decode_sample(opened.read(x)) for x in range(opened.count)}
-
-
-def digests(uri: str) -> dict[str, str]:
-    return {name: entry.sha256 for name, entry in manifest.read(uri).files.items()}
-
-
 def test_a_record_holds_latent_text_and_what_sdxl_conditions_on(made, tmp_path, in_process):
     (uri,) = precompute.precompute(config(made, tmp_path / "out"))
     net = build.autoencoder_artifact(made["autoencoder_from"]).load()
@@ -111,10 +102,10 @@ def test_a_record_holds_latent_text_and_what_sdxl_conditions_on(made, tmp_path, 
     opened = shards.IndexedShards.open(uri, kind="latents")
     order = Order.of(opened.count, 0, 4)
     (batch,) = latent_batches(OrderedSource([opened], order, last_step=1))
-    assert batch.size_B6.tolist() == [[64, 88, 0, 12, 64, 64]] * 4
+    assert batch.given.size_B6.tolist() == [[64, 88, 0, 12, 64, 64]] * 4
     described = latents.describe(uri)
     described.require_autoencoder(build.autoencoder_artifact(made["autoencoder_from"]))
-    assert described.empty_prompt().tokens_BLD.shape == (1, 12, 16)
+    assert described.empty_prompts(described.texts)[0].tokens_BLD.shape == (1, 12, 16)
     listing = manifest.read(uri)
     assert (listing.meta["samples"], listing.meta["encoded"], listing.meta["batch_size"]) == (N, N, 4)
     assert [name for name in store.list_files(uri) if name not in listing.files] == ["manifest.json"]
@@ -158,16 +149,15 @@ def test_several_sizes_come_of_one_pass_and_equal_those_made_alone(made, tmp_pat
 def test_latents_may_stand_alone_or_with_several_text_encoders(made, tmp_path, in_process):
     (alone,) = precompute.precompute(config(made, tmp_path / "alone", text_encoder=None))
     assert set(records(alone)["000000000_0"]["latent.safetensors"]) == {"mean", "logvar"}
-    with pytest.raises(DataError, match="hold no text"):
-        latents.describe(alone).empty_prompt()
+    assert latents.describe(alone).texts == ()
     big = TinyTextEncoderConfig(width=32, layers=1, heads=2, max_tokens=9, vocabulary=300)
-    more = [TextEncoderConfig(name="big", source=str(tmp_path / "big"), build=big)]
-    (uri,) = precompute.precompute(config(made, tmp_path / "both", text_encoders=more))
+    both = [made["text_encoder"], TextEncoderConfig(name="big", source=str(tmp_path / "big"), build=big)]
+    (uri,) = precompute.precompute(config(made, tmp_path / "both", text_encoders=both))
     record = records(uri)["000000000_0"]["latent.safetensors"]
     assert record["text.clip.tokens"].shape == (1, 12, 16) and record["text.big.tokens"].shape == (1, 9, 32)
     described = latents.describe(uri)
-    assert (described.encoder, described.text_width) == ("clip", 16)
-    assert described.empty_prompt("big").pooled_BD.shape == (1, 32)
+    assert [(one.name, one.width) for one in described.texts] == [("clip", 16), ("big", 32)]
+    assert [one.pooled_BD.shape for one in described.empty_prompts(described.texts)] == [(1, 16), (1, 32)]
     assert set(described.listing.inputs) == {"autoencoder", "dataset", "text_encoder", "text_encoder.big"}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from latent_stores import digests, opened, records, write_data
 from PIL import Image
 
 from latentray import build
@@ -16,7 +17,7 @@ from latentray.config import compose
 from latentray.config.feed import DamageConfig
 from latentray.config.precompute_latents import LatentBucketsConfig, PrecomputeLatents
 from latentray.config.text_encoder import TextEncoderConfig
-from latentray.data import decode, index, latent_encoder, latents, members, precompute, shards
+from latentray.data import decode, latent_encoder, latents, members, precompute, shards
 from latentray.data.latent_batches import latent_batches
 from latentray.data.latent_plan import Shapes
 from latentray.data.latent_reader import LatentReader
@@ -60,23 +61,11 @@ def sample(number: int, data: bytes | None = None, columns: bool = True) -> shar
     )
 
 
-def write_data(root: Path, samples: list[shards.Sample], per_shard: int = 8) -> str:
-    folder = root / "built"
-    folder.mkdir(parents=True)
-    made = [
-        shards.write_shard(samples[i : i + per_shard], folder / shards.shard_name(k))
-        for k, i in enumerate(range(0, len(samples), per_shard))
-    ]
-    index.write(made, folder / index.NAME)
-    manifest.publish(folder, str(root / "train"), kind="dataset")
-    return str(root)
-
-
 @pytest.fixture(scope="module")
 def made(tiny, tmp_path_factory):
     root = tmp_path_factory.mktemp("buckets")
     return {
-        "data": write_data(root / "data", [sample(i) for i in range(len(SIZES))]),
+        "data": write_data(root / "data", [sample(i) for i in range(len(SIZES))], per_shard=8),
         "autoencoder_from": tiny.write_autoencoder(str(root / "autoencoder")),
         "text_encoder": TextEncoderConfig(source=tiny.write_text_encoder(str(root / "text"))),
     }
@@ -85,19 +74,6 @@ def made(tiny, tmp_path_factory):
 def config(made, out, **changes) -> PrecomputeLatents:
     values = made | {"out": str(out), "batch_size": 4, "device": "cpu", "buckets": LatentBucketsConfig(**BUCKETS)}
     return PrecomputeLatents(**(values | changes))
-
-
-def opened(uri: str) -> shards.IndexedShards:
-    return shards.IndexedShards.open(uri, kind="latents")
-
-
-def records(uri: str) -> dict[str, dict]:
-    held = opened(uri)
-    return {held.key(x): members.decode_sample(held.read(x)) for x in range(held.count)}
-
-
-def digests(uri: str) -> dict[str, str]:
-    return {name: entry.sha256 for name, entry in manifest.read(uri).files.items()}
 
 
 def shape_of(number: int) -> tuple[int, int]:
@@ -154,7 +130,7 @@ def test_stage_2_reads_every_shape_and_what_sdxl_conditions_on(made, tmp_path, i
         x = batch.ids[0].index
         about = members.decode_sample(held.read(x))["json"]
         told = [*about["original_size"], *about["crop_top_left"], *about["target_size"]]
-        assert batch.size_B6.tolist() == [told] and tuple(told[4:]) == stored[x]
+        assert batch.given.size_B6.tolist() == [told] and tuple(told[4:]) == stored[x]
     assert len(alone) >= 4
 
 
@@ -246,7 +222,7 @@ def test_another_table_of_buckets_shares_the_shapes_that_stayed(made, tmp_path, 
 
 def test_damaged_pictures_are_left_out_of_their_bucket(made, tmp_path, in_process):
     samples = [sample(i, data=sample(i).members["png"][:150] if i in (2, 5) else None) for i in range(len(SIZES))]
-    spoilt = made | {"data": write_data(tmp_path / "data", samples)}
+    spoilt = made | {"data": write_data(tmp_path / "data", samples, per_shard=8)}
     with pytest.raises(DataError, match="cannot be used"):
         precompute.precompute(config(spoilt, tmp_path / "out"))
     skip = DamageConfig(policy="skip", max_bad_fraction=0.25)
@@ -282,7 +258,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_encoded(made, tmp_path,
         with pytest.raises(ConfigError) as caught:
             precompute.precompute(config(made, tmp_path / "out", **changes))
         assert caught.value.where == where
-    bare = made | {"data": write_data(tmp_path / "bare", [sample(i, columns=False) for i in range(3)])}
+    bare = made | {"data": write_data(tmp_path / "bare", [sample(i, columns=False) for i in range(3)], per_shard=8)}
     with pytest.raises(DataError, match="how large"):
         precompute.precompute(config(bare, tmp_path / "out"))
     assert not (tmp_path / "out").exists()

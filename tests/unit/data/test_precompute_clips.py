@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from latent_stores import digests, opened, records, write_data
 
 from latentray import build
 from latentray.checkpoint import manifest
@@ -19,7 +20,6 @@ from latentray.config.text_encoder import TextEncoderConfig
 from latentray.data import (
     clips,
     decode,
-    index,
     latent_encoder,
     latents,
     members,
@@ -38,18 +38,6 @@ from latentray.records import SampleId
 N, FRAMES, FPS = 5, 12, 8.0
 
 
-def write_data(root: Path, samples: list[shards.Sample], per_shard: int = 3) -> str:
-    folder = root / "built"
-    folder.mkdir(parents=True)
-    made = [
-        shards.write_shard(samples[i : i + per_shard], folder / shards.shard_name(k))
-        for k, i in enumerate(range(0, len(samples), per_shard))
-    ]
-    index.write(made, folder / index.NAME)
-    manifest.publish(folder, str(root / "train"), kind="dataset")
-    return str(root)
-
-
 def moving(first: int, count: int, form: str = "frames", frames: int = FRAMES) -> list[shards.Sample]:
     some = synthetic_clips.samples("train", seed=0, first=first, count=count, frames=frames, fps=FPS, form=form)
     return list(some)
@@ -64,7 +52,7 @@ def wide(number: int, height: int, width: int, frames: int = FRAMES) -> shards.S
 def made(tiny, tmp_path_factory):
     root = tmp_path_factory.mktemp("clips")
     return {
-        "data": write_data(root / "data", moving(0, N)),
+        "data": write_data(root / "data", moving(0, N), per_shard=3),
         "autoencoder_from": tiny.write_autoencoder(str(root / "autoencoder")),
         "text_encoder": TextEncoderConfig(source=tiny.write_text_encoder(str(root / "text"))),
     }
@@ -75,19 +63,6 @@ def config(made, out, **changes) -> PrecomputeLatents:
     return PrecomputeLatents(**(values | changes))
 
 
-def opened(uri: str) -> shards.IndexedShards:
-    return shards.IndexedShards.open(uri, kind="latents")
-
-
-def records(uri: str) -> dict[str, dict]:
-    held = opened(uri)
-    return {held.key(x): members.decode_sample(held.read(x)) for x in range(held.count)}
-
-
-def digests(uri: str) -> dict[str, str]:
-    return {name: entry.sha256 for name, entry in manifest.read(uri).files.items()}
-
-
 def frames_of(one: shards.Sample) -> np.ndarray:
     return clips.read_clip(members.decode_sample({"__key__": one.key, **one.members})).frames_THWC
 
@@ -95,7 +70,7 @@ def frames_of(one: shards.Sample) -> np.ndarray:
 @pytest.mark.parametrize("form", ["frames", "mp4"])
 def test_a_record_is_the_clips_window_encoded_frame_by_frame(made, tmp_path, in_process, form):
     samples = moving(0, N, form)
-    given = made | {"data": write_data(tmp_path / "data", samples)}
+    given = made | {"data": write_data(tmp_path / "data", samples, per_shard=3)}
     (uri,) = precompute.precompute(config(given, tmp_path / "out"))
     net = build.autoencoder_artifact(made["autoencoder_from"]).load()
     found = records(uri)
@@ -125,9 +100,9 @@ def test_index_manifest_and_reader_know_frames_and_rate(made, tmp_path, in_proce
     assert damage == [None] * N
     assert sorted(place for one in rows for place in one.places) == list(range(N))
     assert {tuple(one.tensors["mean"].shape[1:]) for one in rows} == {(5, 4, 8, 8)}
-    (batch,) = latent_batches(OrderedSource([held], Order.of(held.count, 0, N), last_step=1))
-    assert batch.mean_BChw.shape == (N, 5, 4, 8, 8) and batch.text.tokens_BLD.shape == (N, 12, 16)
-    assert batch.size_B6.tolist() == [[64, 64, 0, 0, 64, 64]] * N
+    (batch,) = latent_batches(OrderedSource([held], Order.of(held.count, 0, N), last_step=1), encoders=["clip"])
+    assert batch.mean_BChw.shape == (N, 5, 4, 8, 8) and batch.given.texts[0].tokens_BLD.shape == (N, 12, 16)
+    assert batch.given.size_B6.tolist() == [[64, 64, 0, 0, 64, 64]] * N
     for row, one in enumerate(batch.ids):
         record = members.decode_sample(held.read(one.index))["latent.safetensors"]
         assert torch.equal(batch.mean_BChw[row], record["mean"])
@@ -158,7 +133,7 @@ def test_frames_are_encoded_in_the_canonical_batch_and_parts_hold_what_fills_it(
 
 
 def test_variants_are_cuts_in_place_and_time(made, tmp_path, in_process):
-    given = made | {"data": write_data(tmp_path / "data", [wide(i, 64, 96) for i in range(3)])}
+    given = made | {"data": write_data(tmp_path / "data", [wide(i, 64, 96) for i in range(3)], per_shard=3)}
     (uri,) = precompute.precompute(config(given, tmp_path / "out", crops=3, flip_variants=True))
     net = build.autoencoder_artifact(made["autoencoder_from"]).load()
     found, begins = records(uri), set()
@@ -180,7 +155,9 @@ def test_variants_are_cuts_in_place_and_time(made, tmp_path, in_process):
 
 def test_clips_may_be_in_buckets_or_of_several_sizes(made, tmp_path, in_process):
     shapes = [(64, 96), (64, 64), (96, 64), (64, 100)]
-    given = made | {"data": write_data(tmp_path / "data", [wide(i, *shape) for i, shape in enumerate(shapes)])}
+    given = made | {
+        "data": write_data(tmp_path / "data", [wide(i, *shape) for i, shape in enumerate(shapes)], per_shard=3)
+    }
     buckets = LatentBucketsConfig(sizes=[64], step=16, max_aspect=2.0)
     (uri,) = precompute.precompute(config(given, tmp_path / "buckets", buckets=buckets))
     held = opened(uri)
@@ -198,7 +175,7 @@ def test_the_clips_own_rate_is_taken_where_all_have_the_same(made, tmp_path, in_
     (uri,) = precompute.precompute(config(made, tmp_path / "own", clip=ClipConfig(frames=5)))
     assert latents.describe(uri).fps == FPS and records(uri)["000000000_0"]["json"]["fps"] == FPS
     other = clips.clip_sample("x", frames_of(moving(0, 1)[0]), 6.0, ["slow"])
-    mixed = made | {"data": write_data(tmp_path / "mixed", [*moving(0, 2), other])}
+    mixed = made | {"data": write_data(tmp_path / "mixed", [*moving(0, 2), other], per_shard=3)}
     with pytest.raises(ConfigError, match="6 to 8 per second") as caught:
         precompute.precompute(config(mixed, tmp_path / "out", clip=ClipConfig(frames=5)))
     assert caught.value.where == "clip.fps"
@@ -226,7 +203,7 @@ def test_damaged_and_short_clips_are_left_out_counted_and_listed(made, tmp_path,
     good, short = moving(0, 4, "mp4"), moving(9, 1, "mp4", frames=6)[0]
     cut = dataclasses.replace(good[2], members=good[2].members | {"mp4": good[2].members["mp4"][:900]})
     no_video = dataclasses.replace(good[3], members=good[3].members | {"mp4": b"#EXTM3U\nhttp://example.invalid/x\n"})
-    spoilt = made | {"data": write_data(tmp_path / "data", [good[0], short, cut, no_video])}
+    spoilt = made | {"data": write_data(tmp_path / "data", [good[0], short, cut, no_video], per_shard=3)}
     with pytest.raises(DataError, match="'000000009' cannot be used: 6 frames are too few") as caught:
         precompute.precompute(config(spoilt, tmp_path / "out"))
     assert "damage.policy=skip" in caught.value.mend
@@ -258,19 +235,23 @@ def test_what_settings_and_data_do_not_agree_on_is_refused(made, tmp_path, in_pr
     assert caught.value.where == "clip.frames"
     episodes = list(synthetic_episodes.episodes(2, seed=0))
     with pytest.raises(DataError, match="holds episodes") as caught:
-        precompute.precompute(config(made | {"data": write_data(tmp_path / "e", episodes)}, tmp_path / "out"))
+        precompute.precompute(
+            config(made | {"data": write_data(tmp_path / "e", episodes, per_shard=3)}, tmp_path / "out")
+        )
     assert "pictures or clips" in caught.value.mend
     data = moving(0, 1)[0].members["json"]
     picture = shards.Sample(
         key="p", members={"png": data}, columns={"width": 64, "height": 64, "sha256": hashlib.sha256(data).digest()}
     )
     with pytest.raises(ConfigError, match="pictures, not clips"):
-        precompute.precompute(config(made | {"data": write_data(tmp_path / "p", [picture])}, tmp_path / "out"))
-    mixed = Path(write_data(tmp_path / "mixed", moving(0, 2)))
+        precompute.precompute(
+            config(made | {"data": write_data(tmp_path / "p", [picture], per_shard=3)}, tmp_path / "out")
+        )
+    mixed = Path(write_data(tmp_path / "mixed", moving(0, 2), per_shard=3))
     (mixed / "train").rename(mixed / "validation")
     for name in ("built", "train"):
         shutil.rmtree(mixed / name, ignore_errors=True)
-    write_data(mixed, list(synthetic_episodes.episodes(2, seed=0)))
+    write_data(mixed, list(synthetic_episodes.episodes(2, seed=0)), per_shard=3)
     with pytest.raises(DataError, match="One split holds episodes, the other clips"):
         precompute.precompute(config(made | {"data": str(mixed)}, tmp_path / "out"))
     assert not (tmp_path / "out").exists()

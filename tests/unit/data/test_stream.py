@@ -293,7 +293,7 @@ def test_no_url_runs_a_shell(uri, tmp_path):
 
 
 def test_members_of_other_kinds_are_left_out(tmp_path):
-    write_tar(tmp_path / "0.tar", [("0.cls", b"3"), ("0.png", png(40)), ("0.txt", b"x"), ("readme.md", b"y")])
+    write_tar(tmp_path / "0.tar", [("0.npy", b"3"), ("0.png", png(40)), ("0.txt", b"x"), ("readme.md", b"y")])
     (batch,) = run([str(tmp_path / "0.tar")], steps=1, batch=1)
     assert batch.captions == ["x"]
 

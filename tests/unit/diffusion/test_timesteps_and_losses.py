@@ -95,6 +95,24 @@ def test_objectives_that_contradict_themselves_are_refused(values):
     assert caught.value.where.startswith("objective")
 
 
+def test_the_frames_of_a_clip_share_noise_level_and_offset():
+    """A clip is noised as its frames are, one by one, at its own level."""
+    config = ObjectiveConfig(prediction="v")
+    schedule = schedules.build(config)
+    x0, noise, t = torch.randn(2, 3, 4, 5, 6), torch.randn(2, 3, 4, 5, 6), torch.tensor([10.0, 900.0])
+    clip = losses.noised(config, schedule, x0, noise, t)
+    frames = losses.noised(config, schedule, x0.flatten(0, 1), noise.flatten(0, 1), t.repeat_interleave(3))
+    assert torch.equal(clip.x_BChw.flatten(0, 1), frames.x_BChw)
+    assert torch.equal(clip.target_BChw.flatten(0, 1), frames.target_BChw)
+    y = torch.randn_like(x0)
+    each = losses.mean_squared(y.flatten(0, 1), frames).view(2, 3)
+    torch.testing.assert_close(losses.mean_squared(y, clip), each.mean(1))
+    offset = torch.randn(2, 4)
+    shared = losses.offset_noise(noise, offset, 0.1)
+    one_by_one = losses.offset_noise(noise.flatten(0, 1), offset.repeat_interleave(3, 0), 0.1)
+    assert torch.equal(shared.flatten(0, 1), one_by_one)
+
+
 def test_offset_noise_adds_a_constant_of_its_strength_to_each_channel():
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2, 3, 4, 4, generator=generator)

@@ -13,7 +13,6 @@ from latentray.config.text_encoder import TinyTextEncoderConfig
 from latentray.inference import model_folder
 from latentray.inference.sampling import TextToImage
 from latentray.models.autoencoder import KLAutoencoder, LatentScale
-from latentray.models.unet import UNet
 
 AUTOENCODER = AutoencoderConfig(channels=[8, 8], blocks=1, groups=4, attention=False)
 DENOISER = DenoiserConfig(channels=[8, 8], blocks=1, depth=[1, 0], heads=2, context_width=16, groups=4)
@@ -27,7 +26,9 @@ def write_model(tmp_path_factory):
     config = TinyTextEncoderConfig(width=16, layers=1, heads=2, max_tokens=8)
     tiny_text_encoder.write(encoder, ["a red circle", "a blue square"], config)
 
-    def write(objective: ObjectiveConfig, *, seed: int = 1, denoiser=DENOISER, sampler="ddim", steps=3) -> str:
+    def write(
+        objective: ObjectiveConfig, *, seed: int = 1, denoiser=DENOISER, sampler="ddim", steps=3, frames=0, fps=0.0
+    ) -> str:
         root = tmp_path_factory.mktemp("model")
         weights.save(root / "autoencoder.safetensors", build.seeded(lambda: KLAutoencoder(AUTOENCODER), 0).state_dict())
         (root / "built").mkdir()
@@ -37,11 +38,13 @@ def write_model(tmp_path_factory):
             autoencoder_weights=root / "autoencoder.safetensors",
             scale=SCALE,
             denoiser_config=denoiser,
-            denoiser_state=build.seeded(lambda: UNet(denoiser), seed).state_dict(),
+            denoiser_state=build.seeded(lambda: build.denoiser(denoiser), seed).state_dict(),
             objective=objective,
-            text_encoder=text.load(str(encoder)),
+            text_encoders=[text.load(str(encoder))],
             defaults=model_folder.SamplingDefaults(sampler=sampler, steps=steps, guidance_scale=2.0),
             size=16,
+            frames=frames,
+            fps=fps,
         )
         manifest.publish(root / "built", root / "published", kind="model")
         return str(root / "published")

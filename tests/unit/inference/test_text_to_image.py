@@ -61,7 +61,7 @@ def test_what_a_server_asks_of_it(uri):
     assert "ddim" in loaded.samplers and "flow_euler" not in loaded.samplers
 
 
-@pytest.mark.parametrize("name", ["config.json", "denoiser.safetensors", "text_encoder/model.safetensors"])
+@pytest.mark.parametrize("name", ["config.json", "denoiser.safetensors", "text_encoders/clip/model.safetensors"])
 def test_a_flipped_bit_is_refused_by_name(uri, tmp_path, name):
     copy = copied(uri, tmp_path / "copy")
     data = bytearray(store.read_bytes(store.join(copy, name)))

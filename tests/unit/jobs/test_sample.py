@@ -1,14 +1,17 @@
 """`python -m jobs.sample`: sheets, what stands inside them, and what is refused before anything is drawn."""
 
+import dataclasses
 import importlib.util
+import itertools
 import json
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from jobs import sampling
 from latentray import build
@@ -45,6 +48,62 @@ def test_a_grid_says_how_it_was_drawn(release, tmp_path):
         assert image.width >= 3 * 32  # small pictures are doubled
     assert (about["prompts"], about["seed"], about["steps"], about["n"]) == (["a red circle"], 5, 4, 3)
     assert about["release"] == release and len(about["model"]) == 64
+
+
+@pytest.fixture(scope="module")
+def of_clips(write_model):
+    denoiser = dataclasses.replace(_models().DENOISER, family="video")
+    return write_model(ObjectiveConfig(prediction="v"), denoiser=denoiser, frames=4, fps=8.0)
+
+
+@pytest.mark.parametrize(("suffix", "frames"), [("png", None), ("webp", 6), ("png", 1)])
+def test_clips_are_one_animated_sheet(of_clips, tmp_path, suffix, frames):
+    settings = [] if frames is None else [f"frames={frames}"]
+    out = f"{tmp_path}/clips.{suffix}"
+    run(f"release={of_clips}", "prompt=a red circle", "n=3", "steps=2", f"out={out}", *settings)
+    with Image.open(out) as image:
+        count = getattr(image, "n_frames", 1)
+        shown = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
+        about = json.loads(image.text["parameters"] if suffix == "png" else image.getexif()[0x010E])
+    assert count == len(shown) == (frames or 4)
+    assert all(not np.array_equal(a, b) for a, b in itertools.pairwise(shown))
+    assert shown[0].shape[1] >= 3 * 32
+    assert about["prompts"] == ["a red circle"] and about["n"] == 3
+
+
+def test_clips_as_mp4(of_clips, tmp_path):
+    run(f"release={of_clips}", "prompt=a red circle", "n=1", "steps=2", f"out={tmp_path}/clips.mp4")
+    with av.open(f"{tmp_path}/clips.mp4") as container:
+        assert container.streams.video[0].average_rate == 8
+        assert sum(1 for _ in container.decode(video=0)) == 4
+
+
+def test_clips_are_compared_on_a_sheet_too(of_clips, tmp_path):
+    out = run(
+        f"release={of_clips}", "prompt=x", "compare=steps", "compare_values=[1,2]", "n=1", f"out={tmp_path}/s.png"
+    )
+    with Image.open(out) as image:
+        assert image.n_frames == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "where"),
+    [
+        ("release", ["frames=4"], "frames"),
+        ("release", ["out=x.webp"], "out"),
+        ("of_clips", ["out=x.mp4", "refiner=r"], "refiner"),
+        ("of_clips", ["picture=p.png"], "picture"),
+    ],
+)
+def test_what_does_not_fit_the_kind_of_model_is_refused(request, tmp_path, monkeypatch, kind, settings, where):
+    monkeypatch.chdir(tmp_path)
+    uri = request.getfixturevalue(kind)
+    Image.new("RGB", (16, 16)).save(tmp_path / "p.png")
+    settings = [one.replace("refiner=r", f"refiner={uri}") for one in settings]
+    with pytest.raises(ConfigError) as caught:
+        run(f"release={uri}", "prompt=a red circle", "n=1", "steps=2", *settings)
+    assert caught.value.where == where
+    assert not (tmp_path / "x.webp").exists() and not (tmp_path / "x.mp4").exists()
 
 
 def test_one_row_per_prompt_of_a_file(release, tmp_path):
@@ -146,3 +205,23 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
         build.device("cuda")
     assert caught.value.where == "device"
     assert build.device("auto") == torch.device("cpu")
+
+
+def test_a_class_is_drawn_without_a_prompt_and_one_that_is_not_known_is_refused(write_model, tmp_path):
+    denoiser = dataclasses.replace(_models().DENOISER, context_width=None, classes=3)
+    release = write_model(ObjectiveConfig(prediction="v"), denoiser=denoiser)
+    few = ["n=1", "steps=2", f"out={tmp_path}/class.png", "device=cpu"]
+    with Image.open(run(f"release={release}", "label=2", *few)) as image:
+        assert json.loads(image.text["parameters"])["label"] == "2"
+    for wanted in ("label=3", "label=zebra"):
+        with pytest.raises(ConfigError) as caught:
+            run(f"release={release}", wanted, *few)
+        assert caught.value.where == "label" and "0 to 2" in caught.value.mend
+
+
+def test_a_model_without_a_vision_encoder_is_given_no_picture_to_vary(release, tmp_path):
+    Image.new("RGB", (20, 30)).save(tmp_path / "like.png")
+    for given, where in ((f"like={tmp_path}/like.png", "like"), ("label=0", "label")):
+        with pytest.raises(ConfigError) as caught:
+            run(f"release={release}", given, "n=1", "steps=2", f"out={tmp_path}/x.png")
+        assert caught.value.where == where

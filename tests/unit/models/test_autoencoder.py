@@ -1,25 +1,18 @@
-"""The autoencoder: diffusers' numbers from the same weights, the posterior in closed form, one latent scale."""
+"""The autoencoders: shapes, the posterior in closed form, one latent scale, and what is refused."""
 
 import pytest
 import torch
 
 from latentray.config.autoencoder import AutoencoderConfig
 from latentray.errors import ConfigError
-from latentray.models import torchvision_ops
-from latentray.models.autoencoder import KLAutoencoder, LatentScale, Posterior, last_layer_gradient
-
-torchvision_ops.ensure_importable()
-from diffusers import AutoencoderKL  # noqa: E402  (it imports torchvision)
-
-SMALL = AutoencoderConfig(channels=[8, 16, 16], blocks=1, groups=4, latent_channels=3)
-_RES = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "skip": "conv_shortcut"}
-_ATTENTION = {
-    "norm": "group_norm",
-    "attn.to_q": "to_q",
-    "attn.to_k": "to_k",
-    "attn.to_v": "to_v",
-    "attn.to_out": "to_out.0",
-}
+from latentray.models.autoencoder import (
+    IdentityAutoencoder,
+    KLAutoencoder,
+    LatentScale,
+    Posterior,
+    VQAutoencoder,
+    last_layer_gradient,
+)
 
 
 def randomised(net: torch.nn.Module) -> torch.nn.Module:
@@ -32,56 +25,6 @@ def randomised(net: torch.nn.Module) -> torch.nn.Module:
 def tiny(**changes) -> KLAutoencoder:
     values = dict(channels=[8, 8], blocks=1, groups=4, patch=1, attention=False) | changes
     return randomised(KLAutoencoder(AutoencoderConfig(**values)))
-
-
-def names_in_diffusers(config: AutoencoderConfig) -> dict[str, str]:
-    """Prefix of our module -> diffusers' prefix."""
-    names = {"encoder.quant": "quant_conv", "decoder.post_quant": "post_quant_conv"}
-    last = len(config.channels) - 1
-    for side, blocks, halves in (("encoder", config.blocks, "down"), ("decoder", config.blocks + 1, "up")):
-        names |= {f"{side}.{one}": f"{side}.{one}" for one in ("conv_in", "conv_out")} | {
-            f"{side}.norm_out": f"{side}.conv_norm_out"
-        }
-        at = 0
-        for level in range(last + 1):
-            for block in range(blocks):
-                theirs = f"{side}.{halves}_blocks.{level}.resnets.{block}"
-                names |= {f"{side}.levels.{at}.{a}": f"{theirs}.{b}" for a, b in _RES.items()}
-                at += 1
-            if level < last:
-                names[f"{side}.levels.{at}.conv"] = f"{side}.{halves}_blocks.{level}.{halves}samplers.0.conv"
-                at += 1
-        for ours, theirs in ((0, 0), (2, 1)):
-            names |= {f"{side}.middle.{ours}.{a}": f"{side}.mid_block.resnets.{theirs}.{b}" for a, b in _RES.items()}
-        names |= {f"{side}.middle.1.{a}": f"{side}.mid_block.attentions.0.{b}" for a, b in _ATTENTION.items()}
-    return names
-
-
-def test_parity_with_diffusers():
-    ours = randomised(KLAutoencoder(SMALL))
-    theirs = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 3,
-        up_block_types=["UpDecoderBlock2D"] * 3,
-        block_out_channels=SMALL.channels,
-        layers_per_block=SMALL.blocks,
-        latent_channels=SMALL.latent_channels,
-        norm_num_groups=SMALL.groups,
-    ).eval()
-    names = names_in_diffusers(SMALL)
-    state = {}
-    for key, value in ours.state_dict().items():
-        prefix, kind = key.rsplit(".", 1)
-        state[f"{names[prefix]}.{kind}"] = value
-    theirs.load_state_dict(state)  # strict: every weight has its place
-    x = torch.rand(2, 3, 16, 24) * 2 - 1
-    with torch.no_grad():
-        posterior, expected = ours.encode(x), theirs.encode(x).latent_dist
-        torch.testing.assert_close(posterior.mean_BChw, expected.mean, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(posterior.logvar_BChw, expected.logvar, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(posterior.kl(), expected.kl(), rtol=1e-4, atol=1e-4)
-        picture = theirs.decode(expected.mean).sample
-        got = ours.decode(posterior.mean_BChw)
-    assert (got - picture).abs().max() <= 1e-5 * picture.abs().max()
 
 
 def test_the_posterior_in_closed_form():
@@ -140,6 +83,58 @@ def test_the_last_layers_gradient_equals_autograds(patch):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
 
 
+def vq(**changes) -> VQAutoencoder:
+    values = dict(kind="vq", channels=[8, 8], blocks=1, groups=4, latent_channels=3, codebook_size=6) | changes
+    return randomised(VQAutoencoder(AutoencoderConfig(**values)))
+
+
+def test_a_vq_model_decodes_the_nearest_vectors_and_encodes_what_lies_before_them():
+    net = vq()
+    x = torch.rand(2, 3, 4, 6) * 2 - 1
+    posterior = net.encode(x)
+    assert torch.equal(posterior.mean_BChw, net.encoder(x))
+    torch.testing.assert_close(posterior.draw(torch.full_like(posterior.mean_BChw, 3.0)), posterior.mean_BChw)
+    quantised = net.quantizer(posterior.mean_BChw)
+    assert {tuple(v) for v in quantised.movedim(1, -1).reshape(-1, 3).tolist()} <= {
+        tuple(v) for v in net.quantizer.codebook_KD.tolist()
+    }
+    assert torch.equal(net.decode(posterior.mean_BChw), net.decode(quantised))
+    rec, latent, codes, features = net(x)
+    torch.testing.assert_close(rec, net.decode(posterior.mean_BChw))
+    assert torch.equal(latent, posterior.mean_BChw) and codes.shape == (2, 1, 2, 3)
+    torch.testing.assert_close(net.decoder.last(features), rec)
+
+
+def test_the_decoders_gradient_passes_the_quantisation_straight():
+    net = vq()
+    x = torch.rand(1, 3, 4, 4)
+    rec, latent, *_ = net(x)
+    (at_latent,) = torch.autograd.grad(rec.sum(), latent, retain_graph=True)
+    quantised = net.quantizer(latent).requires_grad_(True)
+    (at_quantised,) = torch.autograd.grad(net.decoder(quantised).sum(), quantised)
+    torch.testing.assert_close(at_latent, at_quantised)
+    assert all(p.grad is None for p in net.parameters())
+    rec.sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in net.encoder.parameters())
+
+
+def test_the_identity_is_the_picture_itself():
+    net = IdentityAutoencoder(AutoencoderConfig(kind="identity", latent_channels=3))
+    x = torch.rand(2, 3, 5, 7) * 2 - 1
+    posterior = net.encode(x)
+    assert torch.equal(posterior.mean_BChw, x) and torch.equal(net.decode(x), x) and torch.equal(net(x)[0], x)
+    assert (posterior.logvar_BChw == -30).all()
+    assert net.config.downsampling == 1 and not list(net.state_dict())
+
+
+def test_sd3s_form_has_no_convolutions_beside_the_latent():
+    with_them, without = tiny(), tiny(quant_convolutions=False)
+    gone = set(with_them.state_dict()) - set(without.state_dict())
+    assert gone == {f"{part}.{kind}" for part in ("encoder.quant", "decoder.post_quant") for kind in ("weight", "bias")}
+    posterior = without.encode(torch.zeros(1, 3, 4, 4))
+    assert without.decode(posterior.mean_BChw).shape == (1, 3, 4, 4)
+
+
 def test_restoring_undoes_normalising_with_the_same_two_numbers():
     scale = LatentScale(shift=0.3, scale=1.7)
     latent = torch.randn(2, 4, 3, 3, dtype=torch.float64) * 5 + 2
@@ -153,8 +148,15 @@ def test_restoring_undoes_normalising_with_the_same_two_numbers():
     [
         ({"channels": []}, "autoencoder.channels"),
         ({"channels": [10]}, "autoencoder.channels"),
-        ({"patch": 0}, "autoencoder"),
-        ({"blocks": 0}, "autoencoder"),
+        ({"patch": 0}, "autoencoder.patch"),
+        ({"blocks": 0}, "autoencoder.blocks"),
+        ({"groups": 0}, "autoencoder.groups"),
+        ({"latent_channels": 0}, "autoencoder.latent_channels"),
+        ({"kind": "vqgan"}, "autoencoder.kind"),
+        ({"kind": "vq"}, "autoencoder.codebook_size"),
+        ({"kind": "vq", "codebook_size": 1}, "autoencoder.codebook_size"),
+        ({"codebook_size": 512}, "autoencoder.codebook_size"),
+        ({"kind": "identity"}, "autoencoder.latent_channels"),
     ],
 )
 def test_bad_settings_are_refused_at_construction(changes, where):

@@ -26,8 +26,15 @@ def test_forward_and_backward_are_one_graph(name, checkpointed):
         "pooled": torch.randn(2, config.pooled_width or 1),
         "size": torch.rand(2, config.size_numbers),
         "labels": torch.tensor([0, 1]),
+        "observations": torch.randn(2, config.observation_steps, config.observation_width or 1),
     }
-    x, t, context = torch.randn(2, config.in_channels, 8, 8), torch.tensor([1.0, 700.0]), torch.randn(2, 5, 16)
+    picture = (config.in_channels, 8, 8)
+    shapes = {"video": (3, *picture), "policy": (config.action_steps, config.in_channels)}
+    x, t, context = (
+        torch.randn(2, *shapes.get(config.family, picture)),
+        torch.tensor([1.0, 700.0]),
+        torch.randn(2, 5, 16),
+    )
     conditions = {key: every[key] for key in config.reads}
     graphs: list[torch.fx.GraphModule] = []
 

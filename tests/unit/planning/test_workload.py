@@ -179,3 +179,15 @@ def test_the_planned_peak_of_stage_1_is_that_of_a_real_step(tiny):
         discriminator_hinge(real, fake, one).backward()
 
     assert planned_peak(config, batch, 1) == pytest.approx(measured_peak([net, critic], step), rel=0.03)
+
+
+def test_a_video_denoisers_step_grows_with_its_frames_and_keeps_what_it_does_not_train():
+    settings = ["denoiser=video_tiny", "denoiser_from=m"]
+    free, frozen = train(*settings), train(*settings, "denoiser.train_only_temporal=true")
+    short, long = (workload.measure(free, gpu=True, text_tokens=11, clip_frames=frames) for frames in (4, 8))
+    assert long.activations.at(4) == pytest.approx(2 * short.activations.at(4), rel=0.05)
+    assert sum(long.flops.values()) > 1.9 * sum(short.flops.values())
+    kept = workload.measure(frozen, gpu=True, text_tokens=11, clip_frames=4)
+    trained, layers = kept.networks
+    assert trained.parameters + layers.parameters == short.networks[0].parameters
+    assert not layers.trained and layers.bytes > 0 and kept.activations.at(4) < short.activations.at(4)

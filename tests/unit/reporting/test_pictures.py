@@ -87,3 +87,13 @@ def test_a_long_word_is_cut_to_the_width():
     font = pictures.label_font(pictures.FONT_SIZE)
     for line in pictures._wrap(font, "an incomprehensibilities circle", 60):
         assert font.getlength(line) <= 60
+
+
+def test_a_filmstrip_shows_the_first_the_last_and_frames_between():
+    clips = np.random.default_rng(0).integers(0, 200, (2, 21, 12, 16, 3), dtype=np.uint8)
+    sheet = pictures.filmstrips(list(clips), ["a red circle moving right", "another"], columns=5)
+    for clip in clips:
+        assert all(_contains(sheet, clip[t]) for t in (0, 5, 10, 15, 20))
+        assert not any(_contains(sheet, clip[t]) for t in (1, 7, 19))
+    short = pictures.filmstrips([clips[0][:3]], ["x"], columns=8)
+    assert all(_contains(short, frame) for frame in clips[0][:3])

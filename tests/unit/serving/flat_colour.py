@@ -36,6 +36,11 @@ class FlatColour:
     downsampling = 8
     samplers = ("ddim", "dpmpp_2m", "euler")
     max_steps = 50
+    frames = 0
+    fps = 0.0
+    takes_like = False
+    classes = None
+    class_names = ()
 
     def __init__(self) -> None:
         self.calls: list[int] = []
@@ -47,7 +52,7 @@ class FlatColour:
         return cls()
 
     def sample(self, requests) -> list[Drawn]:
-        assert len({(r.height, r.width) for r in requests}) == 1, "one size per call"
+        assert len({(r.height, r.width, r.frames) for r in requests}) == 1, "one size per call"
         self.calls.append(len(requests))
         if any(r.prompt == "fail" for r in requests):
             raise RuntimeError("out of memory")
@@ -59,4 +64,6 @@ class FlatColour:
         blue = batch if r.prompt == "batch size" else 0
         pixels = np.empty((r.height, r.width, 3), np.uint8)
         pixels[:] = (r.seed % 251, (r.seed >> 8) % 251, blue)
+        if r.frames:  # each frame brighter than the one before
+            pixels = np.stack([np.minimum(pixels.astype(int) + 20 * t, 255).astype(np.uint8) for t in range(r.frames)])
         return Drawn(pixels_HWC=pixels, truncated=len(r.prompt.split()) > TOKENS)

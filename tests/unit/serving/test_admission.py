@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import dataclasses
+import io
+
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from latentray.errors import RequestRefused
 from serving.admission import Limits, admit, picture_seed, size_of
@@ -58,3 +64,56 @@ def test_picture_seeds_differ_and_stay_in_range(seed):
     assert seeds[0] == seed
     assert len(set(seeds)) == 8 and all(0 <= s <= MAX_SEED for s in seeds)
     assert not set(seeds[1:]) & {picture_seed((seed + 1) & MAX_SEED, j) for j in range(1, 8)}
+
+
+def test_a_class_is_asked_for_by_number_or_name(info, config):
+    of_classes = dataclasses.replace(info, classes=3, class_names=("ape", "tench", "zebra"))
+    for wanted, number in ((2, 2), ("1", 1), ("tench", 1)):
+        admitted = admit(ImagesRequest(prompt="x", label=wanted), of_classes, limits(config), fresh_seed=0)
+        assert [one.label for one in admitted.pictures] == [number]
+    assert of_classes.public()["classes"] == 3 and of_classes.public()["class_names"] == ["ape", "tench", "zebra"]
+    assert "classes" not in info.public()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "told"), [(3, "0 to 2"), (-1, "0 to 2"), ("trench", "Did you mean tench"), ("", "0 to 2")]
+)
+def test_a_class_that_the_model_does_not_know_is_refused(info, config, wanted, told):
+    of_classes = dataclasses.replace(info, classes=3, class_names=("ape", "tench", "zebra"))
+    with pytest.raises(RequestRefused, match=told) as caught:
+        admit(ImagesRequest(prompt="x", label=wanted), of_classes, limits(config), fresh_seed=0)
+    assert caught.value.param == "label" and caught.value.status == 400
+    with pytest.raises(RequestRefused, match="does not draw classes"):
+        admit(ImagesRequest(prompt="x", label=0), info, limits(config), fresh_seed=0)
+
+
+def sent(pixels: np.ndarray, kind: str = "PNG") -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_a_picture_to_draw_variations_of_arrives_whole(info, config):
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+    takes = dataclasses.replace(info, takes_like=True)
+    for like in (sent(pixels), f"data:image/png;base64,{sent(pixels)}"):
+        admitted = admit(ImagesRequest(prompt="x", like=like, n=2), takes, limits(config), fresh_seed=0)
+        assert all(np.array_equal(one.like_HWC, pixels) for one in admitted.pictures)
+    assert takes.public()["like"] is True and "like" not in info.public()
+
+
+@pytest.mark.parametrize(
+    ("like", "told"),
+    [
+        ("no base64!", "base64"), (base64.b64encode(b"GIF89a").decode(), "PNG, JPEG or WebP"),
+        (sent(np.zeros((4, 4, 3), np.uint8))[:40], "PNG, JPEG or WebP"), (sent(np.zeros((4, 4, 3), np.uint8), "BMP"), "PNG"),
+        (sent(np.zeros((1500, 3000, 3), np.uint8)), "more than 4194304"),
+    ],
+)  # fmt: skip
+def test_what_is_no_picture_is_refused_by_its_field(info, config, like, told):
+    takes = dataclasses.replace(info, takes_like=True)
+    with pytest.raises(RequestRefused, match=told) as caught:
+        admit(ImagesRequest(prompt="x", like=like), takes, limits(config), fresh_seed=0)
+    assert caught.value.param == "like" and caught.value.status == 400
+    with pytest.raises(RequestRefused, match="no variations of pictures"):
+        admit(ImagesRequest(prompt="x", like=like), info, limits(config), fresh_seed=0)

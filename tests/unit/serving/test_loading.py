@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from latentray.checkpoint import manifest
@@ -82,3 +83,11 @@ def test_load_reads_what_the_model_says(tmp_path, loaded):
     info = loading.load(ServeConfig(loader="flat_colour:FlatColour.load"), uri, "r-9").info
     assert (info.release_id, info.size, info.samplers, info.steps) == ("r-9", 64, ("ddim", "dpmpp_2m", "euler"), 10)
     assert info.created > 1_700_000_000
+
+
+def test_a_class_or_a_vision_encoder_that_a_promotion_took_away_is_refused(loaded):
+    like = np.zeros((8, 8, 3), np.uint8)
+    outcome, varied, other = loaded.draw([asked(label=1), asked(like_HWC=like), asked()])
+    assert isinstance(outcome, RequestRefused) and outcome.param == "label"
+    assert isinstance(varied, RequestRefused) and varied.param == "like"
+    assert isinstance(other, Picture)

@@ -90,7 +90,6 @@ def test_bad_settings_are_refused_by_name(load, overrides, where):
 
 
 def test_stage_2_reads_the_first_of_several_text_encoders(tiny, inputs, monkeypatch, tmp_path):
-    """Latents of two encoders name none by themselves: the store's first one is the model's."""
     asked = {}
     monkeypatch.setattr(latent_supply, "latent_batches", lambda source, **settings: asked.update(settings) or iter(()))
     monkeypatch.setattr(stage2, "Engine", lambda *args, **settings: None)
@@ -98,7 +97,7 @@ def test_stage_2_reads_the_first_of_several_text_encoders(tiny, inputs, monkeypa
     worker = Worker(config=config, run="r", out="o", rank=0, world=1, device=torch.device("cpu"), attempt="a")
     stage = stage2.DiffusionStage(worker)
     list(stage.batches(0, 1))
-    assert asked["encoder"] == stage.space.text.name == "clip"
+    assert asked["encoders"] == [one.name for one in stage.space.texts] == ["clip"]
 
 
 def test_the_ledger_counts_and_stops(load, tmp_path, capsys):
@@ -117,7 +116,7 @@ def test_the_ledger_counts_and_stops(load, tmp_path, capsys):
         )
         ledger.note(batch)
         assert "000000007 in 00003.tar (digest): it was cut" in capsys.readouterr().out
-        figures = ledger.figures()
+        figures = ledger.figures(8)
         assert (figures["data/damaged_samples"], figures["data/fetched_bytes"], figures["data/fetch_retries"]) == (
             2,
             10,
@@ -125,6 +124,7 @@ def test_the_ledger_counts_and_stops(load, tmp_path, capsys):
         )
         ledger.note(batch)
         with pytest.raises(DataError, match="3 of 64"):
-            ledger.damaged()
+            ledger.damaged(64)
+        assert ledger.damaged(640) == 3, "each epoch meets the same damaged samples again"
     finally:
         dist.destroy_process_group()

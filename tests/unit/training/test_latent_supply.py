@@ -155,19 +155,20 @@ def test_online_latents_are_the_stored_ones_bit_for_bit(load, online, shapes, ki
     torch.set_num_threads(1)  # as the job encodes
     for stored, made in both(load, online, shapes[kind], shapes["data"], *(IN_BUCKETS if kind == "buckets" else [])):
         assert made.ids == stored.ids
-        for name in ("mean_BChw", "logvar_BChw", "weight_B", "size_B6"):
+        for name in ("mean_BChw", "logvar_BChw", "weight_B"):
             assert torch.equal(getattr(made, name), getattr(stored, name)), name
+        assert torch.equal(made.given.size_B6, stored.given.size_B6)
         for name in ("tokens_BLD", "mask_BL", "pooled_BD"):  # of one of two captions, drawn
-            assert torch.equal(getattr(made.text, name), getattr(stored.text, name)), name
+            assert torch.equal(getattr(made.given.texts[0], name), getattr(stored.given.texts[0], name)), name
 
 
 def test_both_sources_say_the_same_of_their_encoders(load, online, inputs):
     stored = latent_supply.open_source(load(f"latents={inputs['latents']}"), CPU).space
     made = latent_supply.open_source(load(f"data={inputs['data']}", *online), CPU).space
     assert made.facts == stored.facts
-    assert (made.scale, made.size, made.text) == (stored.scale, stored.size, stored.text)
+    assert (made.scale, made.size, made.texts) == (stored.scale, stored.size, stored.texts)
     assert made.autoencoder_uri == stored.autoencoder_uri
-    assert torch.equal(made.empty.tokens_BLD, stored.empty.tokens_BLD)
+    assert torch.equal(made.empty.texts[0].tokens_BLD, stored.empty.texts[0].tokens_BLD)
 
 
 def test_crops_and_mirroring_are_drawn_as_in_stage_1(load, online, shapes):
@@ -186,7 +187,7 @@ def test_crops_and_mirroring_are_drawn_as_in_stage_1(load, online, shapes):
 def test_nothing_of_the_encoders_is_trained(load, online, inputs):
     source = latent_supply.open_source(load(f"data={inputs['data']}", *online), CPU)
     assert isinstance(source, latent_supply.OnlineLatents)
-    for net in (source.autoencoder, source.embedder.encoder.model):
+    for net in (source.autoencoder, source.embedders[0].encoder.model):
         assert not net.training
         assert not any(p.requires_grad for p in net.parameters())
     read = source.batches(source.feed.source(rank=0, world=1, first_step=0, last_step=1))

@@ -108,6 +108,17 @@ def test_a_disk_that_is_nearly_full(refused, monkeypatch):
     assert "1 MiB free" in refused(EnvironmentRefused, 1).what
 
 
+def test_parameters_on_a_disk_that_this_machine_cannot_use(refused, monkeypatch):
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    nvme = ["deepspeed=zero3", "deepspeed.offload_parameters=nvme", "deepspeed.nvme_path=/proc/nowhere"]
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: False)
+    assert "libaio" in refused(EnvironmentRefused, 2, *nvme).mend
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
+    assert refused(EnvironmentRefused, 2, *nvme).where == "deepspeed.nvme_path"
+    refused(ConfigError, 2, "deepspeed=zero2", "deepspeed.offload_optimizer=nvme")
+
+
 @pytest.mark.parametrize("key", ["in_channels", "out_channels", "context_width"])
 def test_a_denoiser_that_does_not_fit_the_latents(refused, key):
     error = refused(ConfigError, 2, f"denoiser.{key}=7")

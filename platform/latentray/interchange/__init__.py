@@ -1,0 +1,1 @@
+"""Whole pipelines between latentray's model folders and the ecosystem's: diffusers' folders, single files, the hub."""
