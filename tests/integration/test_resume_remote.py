@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "tests/numerics/runs.py"
 BATCH, STEPS = 8, 12
-KINDS = [(stage, zero) for stage in (1, 2) for zero in (1, 2, 3)]
+KINDS = [(stage, zero) for zero in (1, 2, 3) for stage in (1, 2)]
 
 
 def tiny():
@@ -90,11 +90,17 @@ def bucket(tmp_path: Path, moto_s3) -> Bucket:
 
 def test_n_steps_a_kill_and_n_steps_are_2n_steps(bucket: Bucket, ledgers) -> None:
     """Stage 1 and 2 at ZeRO 1, 2 and 3: weights, moments, random state, average and the samples of every step."""
-    bucket.run(*(bucket.job(f"whole-{stage}-{zero}", stage, zero) for stage, zero in KINDS))
-    for stage, zero in KINDS:
-        bucket.run(bucket.job(f"killed-{stage}-{zero}", stage, zero, kill_at=STEPS // 2), expect=1)
-    output = bucket.run(*(bucket.job(f"killed-{stage}-{zero}", stage, zero) for stage, zero in KINDS))
-    assert output.count(f"at step {STEPS // 2}") == len(KINDS)
+    for zero in (
+        1,
+        2,
+        3,
+    ):  # of processes of their own: ZeRO 3 leaves its `linear` behind, which rounds otherwise than torch's
+        whole = bucket.run(*(bucket.job(f"whole-{stage}-{zero}", stage, zero) for stage in (1, 2)))
+        for stage in (1, 2):
+            bucket.run(bucket.job(f"killed-{stage}-{zero}", stage, zero, kill_at=STEPS // 2), expect=1)
+        resumed = bucket.run(*(bucket.job(f"killed-{stage}-{zero}", stage, zero) for stage in (1, 2)))
+        assert " ended: " not in whole + resumed, whole + resumed
+        assert resumed.count(f"at step {STEPS // 2}") == 2
     for stage, zero in KINDS:
         whole, killed = f"whole-{stage}-{zero}", f"killed-{stage}-{zero}"
         assert bucket.state(killed) == bucket.state(whole), killed
@@ -149,6 +155,6 @@ def test_a_flipped_bit_in_any_file_or_a_missing_one_is_named_and_nothing_of_it_i
         copied(bucket, "killed", f"alone-{number}", flipped=path)
         alone.append(bucket.job(f"alone-{number}", stage, 2, every=3))
     output = bucket.run(*alone)
-    assert output.count("ArtifactError: All 1 checkpoints of the run are damaged") == len(alone)
+    assert output.count("ArtifactError: All 1 checkpoints of the run are damaged") == 2 * len(alone), "on both ranks"
     for number in range(len(alone)):
         assert not store.exists(f"{bucket.uri(f'alone-{number}')}/state-0.txt"), "no step was done"

@@ -73,7 +73,7 @@ def _run(folder: Path, jobs: list[dict], *, world: int = 1, expect: int = 0) -> 
     script = Path(__file__).with_name("runs.py")
     done = subprocess.run(
         [sys.executable, *launcher, str(script), str(folder / "jobs.json"), str(_free_port())],
-        cwd=folder, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240, check=False,
+        cwd=folder, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == expect, done.stdout[-6000:]
     return done.stdout

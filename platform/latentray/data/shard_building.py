@@ -335,7 +335,7 @@ def _commit_split(config: BuildShards, split: str, built: Built, taken: Taken, c
         meta["classes"] = list(classes)
     manifest.seal(built.uri, files, kind="dataset", config=compose.to_dict(config), meta=meta)
     print(
-        f"{split}: {meta['samples']} pictures in {len(built.results)} shards, {_weight(rejected)} rejected", flush=True
+        f"{split}: {meta['samples']} samples in {len(built.results)} shards, {_weight(rejected)} rejected", flush=True
     )
 
 
