@@ -204,6 +204,21 @@ def job(tmp_path_factory) -> Iterator[Job]:
 @pytest.fixture(scope="module")
 def head(job: Job) -> Iterator[str]:
     """The address of a one-node cluster for this job, with a dashboard, that lives longer than its drivers."""
+    with _head_node(cpus=4, environ=job.environ()) as address:
+        yield address
+    job.end_all()
+
+
+@pytest.fixture(scope="module")
+def dashboard() -> Iterator[str]:
+    """The address of a one-node cluster that takes jobs."""
+    with _head_node(cpus=2, environ=dict(os.environ)) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def _head_node(*, cpus: int, environ: dict[str, str]) -> Iterator[str]:
+    """A head node with a dashboard, within."""
     gcs, http, agent, agent_grpc, client = free_ports(5)
     folder = Path(tempfile.mkdtemp(prefix="lr-"))  # short: Ray's socket paths are limited to about 100 characters
     options = {
@@ -214,16 +229,14 @@ def head(job: Job) -> Iterator[str]:
         "--dashboard-agent-listen-port": agent,
         "--dashboard-agent-grpc-port": agent_grpc,
         "--ray-client-server-port": client,
-        "--num-cpus": 4,
+        "--num-cpus": cpus,
         "--object-store-memory": 128 * 2**20,
         "--temp-dir": folder,
     }
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
     command += [f"{name}={value}" for name, value in options.items()]
     with open(folder / "head.log", "wb") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, cwd=folder, env=job.environ(), start_new_session=True
-        )
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=environ, start_new_session=True)
     address = f"http://127.0.0.1:{http}"
     try:
         deadline = time.monotonic() + 90
@@ -233,10 +246,11 @@ def head(job: Job) -> Iterator[str]:
         yield address
     finally:
         process.send_signal(signal.SIGTERM)  # --block: the head ends what it started
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        try:
             process.wait(30)
-        job.end_all()
-        process.wait()
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,64 +17,6 @@ from latentray.errors import AlreadyExists
 ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.cluster
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on now; all held at once, so that no two are the same."""
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in held]
-    for s in held:
-        s.close()
-    return ports
-
-
-@pytest.fixture(scope="module")
-def dashboard() -> Iterator[str]:
-    """The address of a one-node cluster that this module starts and stops."""
-    gcs, http, agent, agent_grpc, client = free_ports(5)
-    folder = Path(tempfile.mkdtemp(prefix="lr-"))  # short: Ray's socket paths are limited to about 100 characters
-    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
-    options = {
-        "--node-ip-address": "127.0.0.1",
-        "--port": gcs,
-        "--dashboard-host": "127.0.0.1",
-        "--dashboard-port": http,
-        "--dashboard-agent-listen-port": agent,
-        "--dashboard-agent-grpc-port": agent_grpc,
-        "--ray-client-server-port": client,
-        "--num-cpus": 2,
-        "--object-store-memory": 100 * 2**20,
-        "--temp-dir": folder,
-    }
-    command = ray + [f"{name}={value}" for name, value in options.items()]
-    with open(folder / "head.log", "wb") as log:
-        head = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, start_new_session=True)
-    address = f"http://127.0.0.1:{http}"
-    try:
-        deadline = time.monotonic() + 90
-        while not _answers(address):
-            assert head.poll() is None and time.monotonic() < deadline, (folder / "head.log").read_text()
-            time.sleep(0.2)
-        yield address
-    finally:
-        head.send_signal(signal.SIGTERM)  # --block: the head ends what it started
-        try:
-            head.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(head.pid, signal.SIGKILL)
-            head.wait()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _answers(address: str) -> bool:
-    """True once the dashboard takes jobs, which is a moment after its port opens."""
-    from ray.job_submission import JobSubmissionClient
-
-    try:
-        JobSubmissionClient(address).list_jobs()
-    except (OSError, RuntimeError, ValueError):
-        return False
-    return True
 
 
 def run_submit(*argv: str, **env: str) -> subprocess.CompletedProcess[str]:

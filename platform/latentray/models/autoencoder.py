@@ -8,6 +8,7 @@ mean.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 
 import torch
@@ -66,7 +67,7 @@ class Posterior:
         return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(1)
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(nn.Module, abc.ABC):
     """What every kind can do: `encode` a picture, `decode` a latent."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
@@ -88,12 +89,13 @@ class Autoencoder(nn.Module):
                 mend=f"Choose a size that is a multiple of {f}.",
             )
 
+    @abc.abstractmethod
     def posterior(self, x_BCHW: Tensor) -> Posterior:
         """`encode`, of a size that divides."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def decode(self, latent_BChw: Tensor) -> Tensor:
-        raise NotImplementedError
+        """(B,C,h,w) -> pictures in [-1, 1]."""
 
 
 class KLAutoencoder(Autoencoder):
