@@ -31,10 +31,10 @@ quickstart: $(VENV)/.installed ## raw pictures to a served model, eight to twelv
 	$(BIN)/python -m jobs.quickstart $(QUICKSTART_OVERRIDES)
 
 test: lint ## lint, then every test that is quick and needs no GPU
-	$(PYTEST) -m "not slow and not gpu and not chaos"
+	$(PYTEST) -m "not slow and not gpu and not chaos and not libaio"
 
 test-full: lint ## lint, then every test that needs no GPU
-	$(PYTEST) -m "not gpu and not chaos"
+	$(PYTEST) -m "not gpu and not chaos and not libaio"
 
 chaos: $(VENV)/.installed-dev ## a quarter of an hour of faults at random times, and what they cost
 	$(PYTEST) -m chaos -s tests/integration/test_chaos.py

@@ -11,11 +11,16 @@ import sys
 
 from latentray.config import command
 from latentray.config.promote import PromoteConfig
+from latentray.interchange import resolving
 from latentray.registry import promotion
 
 
+def promote(config: PromoteConfig) -> str:
+    return promotion.promote(resolving.resolved(config, {"model": "model"}))
+
+
 def main() -> int:
-    return command.run("promote", PromoteConfig, promotion.promote)
+    return command.run("promote", PromoteConfig, promote)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from jobs.quickstart_client import Drawn
@@ -57,9 +58,11 @@ def write(
         "notes": _notes(autoencoder.meta),
         "config": compose.to_dict(config),
     }
-    shown = {"reconstructions": Image.open(out / "autoencoder" / "autoencoder" / "reconstructions.png")}
+    shown: dict[str, Image.Image] = {
+        "reconstructions": Image.open(out / "autoencoder" / "autoencoder" / "reconstructions.png")
+    }
     shown |= {f"{page.SAMPLE_PREFIX}{caption}": grid for caption, grid in caption_grids(drawn).items()}
-    first = {}
+    first: dict[synthetic.Kind, np.ndarray] = {}
     for one in drawn:
         first.setdefault(one.kind, one.pixels)
     labels = [synthetic.caption(kind) for kind in first]

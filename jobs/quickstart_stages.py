@@ -37,6 +37,7 @@ def quickstart(config: Quickstart) -> None:
     that is not an earlier quickstart's.
     """
     from serving import keys, launch
+    from serving.greeting import greeting
 
     launch.require_free_port(config.serve.host, config.serve.port)
     out = _fresh_folder(config.out)
@@ -63,9 +64,8 @@ def quickstart(config: Quickstart) -> None:
             drawn = stages.draw(endpoint.base_url, key)
         stages.report(drawn, release=endpoint.release.id)
         if config.keep_serving:
-            print(
-                f"\nThe endpoint stays up; the key is in {out}/api_key. Stop it with Ctrl-C.\n{launch.greeting(endpoint)}"
-            )
+            told = greeting(endpoint.base_url, endpoint.release, with_key=True)
+            print(f"\nThe endpoint stays up; the key is in {out}/api_key. Stop it with Ctrl-C.\n{told}")
             launch.wait_for_signal(endpoint)
     finally:
         endpoint.stop()

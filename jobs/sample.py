@@ -3,6 +3,7 @@
 python -m jobs.sample release=production registry=runs/quickstart/registry prompt='a red circle on a white background'
 python -m jobs.sample release=runs/my-model/model prompt='...' compare=guidance out=guidance.png
 python -m jobs.sample release=runs/my-model/model prompt='...' picture=photo.png mask=mask.png
+python -m jobs.sample release=runs/my-model/model label=3 classifier=runs/my-classifier/classifier classifier_scale=2
 python -m jobs.sample release=runs/my-video/model prompt='...' frames=16 out=clips.webp
 """
 

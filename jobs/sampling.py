@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -16,14 +17,23 @@ from latentray.config import compose
 from latentray.config.sample import Sample
 from latentray.data import decode
 from latentray.errors import ConfigError, InputMissing, SampleRejected
-from latentray.inference import refinement
+from latentray.inference import classifier_folder, examples, refinement
 from latentray.inference.requests import SamplingRequest, label_of
 from latentray.inference.sampling import TextToImage
+from latentray.interchange import resolving
 from latentray.registry import versions
 from latentray.reporting import animations, pictures
 from latentray.reporting.progress import Progress
 
-_GUIDANCE = (1.0, 2.0, 4.0, 7.0, 10.0, 15.0)
+Cell = TypeVar("Cell")
+
+_MODELS = {"release": "model", "refiner": "model", "classifier": "classifier"}
+"""The settings that name models, and what each has to be."""
+_SCALES = {
+    "guidance": ("guidance_scale", (1.0, 2.0, 4.0, 7.0, 10.0, 15.0)),
+    "classifier": ("classifier_scale", (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)),
+}
+"""Comparison -> the scale that is compared, and its usual values."""
 _STEPS = (2, 4, 8, 12, 20, 40)
 
 
@@ -37,6 +47,8 @@ class Sheet:
     column_labels: list[str] | None = None
     captions: list[str] | None = None
     title: str = ""
+    given: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    """What the pictures were drawn from, by its name: it begins every row."""
 
 
 def draw(config: Sample) -> str:
@@ -46,13 +58,16 @@ def draw(config: Sample) -> str:
     the model; all before the first step.
     """
     if config.episodes:
-        return driving.drive(config, _model_uri(config))
+        return driving.drive(config, _model_uri(_found(config)))
     prompts = _prompts(config)
-    uri = _model_uri(config)
+    found = _found(config)
+    uri = _model_uri(found)
     picture, mask = _pixels(config.picture, "picture"), _pixels(config.mask, "mask")
     small, like = _pixels(config.small, "small"), _pixels(config.like, "like")
-    model = TextToImage.load(uri, device=config.device, offload=config.offload)
-    refiner = _refiner(config)
+    model = TextToImage.load(uri, device=config.device, offload=config.offload, compile=config.compile)
+    refiner = _refiner(found)
+    if found.classifier is not None:
+        model.guide_by(classifier_folder.load(store.absolute(found.classifier)))
     sheet = plan(config, model, prompts, picture, mask, small, like)
     drawn, warnings = _draw_all(config, model, refiner, sheet.requests)
     first = sheet.requests[0]
@@ -61,8 +76,11 @@ def draw(config: Sample) -> str:
             warnings.add(f"the {name} was resized and cut to {first.width}x{first.height}; size= sets another")
     for warning in sorted(warnings):
         print(f"warning: {warning}")
+    guided = {} if model.guide is None else {"classifier_digest": model.guide.digest}
     about = json.dumps(
-        compose.to_dict(config) | {"model": model.model.digest, "prompts": prompts}, sort_keys=True, ensure_ascii=False
+        compose.to_dict(config) | {"model": model.model.digest, "prompts": prompts} | guided,
+        sort_keys=True,
+        ensure_ascii=False,
     )
     if model.frames:
         animated = np.stack([np.asarray(_laid_out(sheet, list(frame))) for frame in zip(*drawn, strict=True)])
@@ -78,14 +96,22 @@ def draw(config: Sample) -> str:
 
 def _laid_out(sheet: Sheet, drawn: Sequence[np.ndarray]) -> Image.Image:
     return pictures.grid(
-        drawn,
-        columns=sheet.columns,
-        captions=sheet.captions,
+        _rows([*sheet.given.values()], drawn, sheet.columns),
+        columns=len(sheet.given) + sheet.columns,
+        captions=None if sheet.captions is None else _rows([*sheet.given], sheet.captions, sheet.columns),
         row_labels=sheet.row_labels,
-        column_labels=sheet.column_labels,
+        column_labels=None if sheet.column_labels is None else [*sheet.given, *sheet.column_labels],
         title=sheet.title,
         scale=2 if max(drawn[0].shape) <= 128 else 1,
     )
+
+
+def _rows(first: Sequence[Cell], rest: Sequence[Cell], columns: int) -> list[Cell]:
+    """`rest` in rows of so many, each of which begins with `first`."""
+    found: list[Cell] = []
+    for i in range(0, len(rest), columns):
+        found += [*first, *rest[i : i + columns]]
+    return found
 
 
 def _format_of(config: Sample, model: TextToImage) -> str:
@@ -116,7 +142,7 @@ def plan(
         height, width = (side * model.makes_larger for side in small.shape[:2])
     base = SamplingRequest(
         prompt=prompts[0],
-        label=None if config.label is None else label_of(config.label, model.classes, model.class_names),
+        label=None if config.label is None else label_of(config.label, *model.labels),
         negative_prompt=config.negative_prompt,
         steps=model.defaults.steps if config.steps is None else config.steps,
         guidance_scale=model.defaults.guidance_scale if config.guidance_scale is None else config.guidance_scale,
@@ -130,6 +156,7 @@ def plan(
         spacing=config.spacing,
         guidance_rescale=config.guidance_rescale,
         guidance_interval=config.interval,
+        classifier_scale=config.pull,
         bound=config.bound,
         quantile=config.quantile,
         resolution_shift=config.resolution_shift,
@@ -140,7 +167,9 @@ def plan(
         strength=1.0 if picture is None or mask is not None else config.strength,
     )
     seeds = range(config.seed, config.seed + config.n)
-    sheet = _LAYOUTS[config.compare](config, model, base, prompts, seeds)
+    sheet = dataclasses.replace(
+        _LAYOUTS[config.compare](config, model, base, prompts, seeds), given=examples.given(base)
+    )
     for request in sheet.requests:
         model.check(request)
     return sheet
@@ -166,16 +195,16 @@ def _by_sampler(
     )
 
 
-def _by_guidance(
-    config: Sample, model: TextToImage, base: SamplingRequest, prompts: Sequence[str], seeds: range
-) -> Sheet:
-    values = config.compare_values or _GUIDANCE
-    requests = [dataclasses.replace(base, guidance_scale=g, seed=seed) for seed in seeds for g in values]
+def _by_scale(config: Sample, model: TextToImage, base: SamplingRequest, prompts: Sequence[str], seeds: range) -> Sheet:
+    field, usual = _SCALES[config.compare]
+    values = config.compare_values or usual
+    changes: list[dict[str, Any]] = [{"seed": seed, field: g} for seed in seeds for g in values]
+    requests = [dataclasses.replace(base, **one) for one in changes]
     return Sheet(
         requests=requests,
         columns=len(values),
         row_labels=[f"seed {seed}" for seed in seeds],
-        column_labels=[f"guidance {g:g}" for g in values],
+        column_labels=[f"{config.compare} {g:g}" for g in values],
         title=_title(base, "sampler", "steps"),
     )
 
@@ -193,11 +222,18 @@ def _by_steps(config: Sample, model: TextToImage, base: SamplingRequest, prompts
 
 
 def _title(base: SamplingRequest, *fields: str) -> str:
-    """The prompt, and what all pictures of a sheet share."""
-    return ", ".join([base.prompt, *(f"{field.replace('_', ' ')} {getattr(base, field)}" for field in fields)])
+    """The prompt or the class, and what all pictures of a sheet share."""
+    drawn = base.prompt or ("" if base.label is None else f"class {base.label}")
+    return ", ".join([drawn, *(f"{field.replace('_', ' ')} {getattr(base, field)}" for field in fields)])
 
 
-_LAYOUTS = {"none": _plain, "sampler": _by_sampler, "guidance": _by_guidance, "steps": _by_steps}
+_LAYOUTS = {
+    "none": _plain,
+    "sampler": _by_sampler,
+    "guidance": _by_scale,
+    "classifier": _by_scale,
+    "steps": _by_steps,
+}
 
 
 def _draw_all(
@@ -223,7 +259,9 @@ def _draw_all(
 def _refiner(config: Sample) -> TextToImage | None:
     if config.refiner is None:
         return None
-    return TextToImage.load(store.absolute(config.refiner), device=config.device, offload=config.offload)
+    return TextToImage.load(
+        store.absolute(config.refiner), device=config.device, offload=config.offload, compile=config.compile
+    )
 
 
 def _prompts(config: Sample) -> list[str]:
@@ -236,6 +274,12 @@ def _prompts(config: Sample) -> list[str]:
     if not lines:
         raise InputMissing("The file of prompts is empty.", where=str(path), mend="Write one prompt a line.")
     return lines
+
+
+def _found(config: Sample) -> Sample:
+    """The settings with artifacts wherever they name models; with a registry, `release` is a name in it."""
+    kinds = {name: kind for name, kind in _MODELS.items() if name != "release" or not config.registry}
+    return resolving.resolved(config, kinds)
 
 
 def _model_uri(config: Sample) -> str:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import re
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from latentray.config.serve import ServeConfig
 from latentray.errors import ConfigError, RequestRefused
 from latentray.inference.requests import ActionRequest, SamplingRequest, label_of
 from latentray.reporting import animations
 from serving.messages import ModelInfo
-from serving.pictures import decode
+from serving.pictures import opaque, read
+from serving.refusals import shown
 from serving.schema import MAX_SEED, ActionsRequest, DrawRequest, ImagesRequest, VideosRequest
-
-SMALLEST, LARGEST = 0.5, 2.0
-"""Sides allowed, in multiples of the model's own; far from its training size a model repeats objects."""
-_SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
+from serving.sizes import LARGEST, size_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +59,19 @@ def admit(request: ImagesRequest, info: ModelInfo, limits: Limits, *, fresh_seed
 
     Raises RequestRefused naming the parameter.
     """
+    of_pictures(request, info, limits)
+    if info.makes_larger:
+        raise RequestRefused(
+            "The model makes pictures larger: POST /v1/images/edits with the small one as image.",
+            param="model",
+            code="wrong_model",
+        )
+    _prompted(request)
+    return filled_in(request, info, limits, size=size_of(request.size, info), fresh_seed=fresh_seed)
+
+
+def of_pictures(request: ImagesRequest, info: ModelInfo, limits: Limits) -> None:
+    """Raise RequestRefused for what no model of pictures can be asked here, and for a model of another kind."""
     model_known(request.model, info, limits)
     _draws(info)
     if info.frames:
@@ -67,7 +79,7 @@ def admit(request: ImagesRequest, info: ModelInfo, limits: Limits, *, fresh_seed
     _offered(request)
     if request.background not in (None, "auto", "opaque"):
         raise RequestRefused(
-            f"Invalid background {_shown(request.background)}: only 'auto' and 'opaque' are offered.",
+            f"Invalid background {shown(request.background)}: only 'auto' and 'opaque' are offered.",
             param="background",
         )
     if request.output_compression not in (None, 100) and request.output_format in (None, "png"):
@@ -75,7 +87,6 @@ def admit(request: ImagesRequest, info: ModelInfo, limits: Limits, *, fresh_seed
             "output_compression applies to output_format 'jpeg' and 'webp' only; png is lossless.",
             param="output_compression",
         )
-    return _admitted(request, info, limits, fresh_seed=fresh_seed)
 
 
 def admit_actions(request: ActionsRequest, info: ModelInfo, limits: Limits, *, fresh_seed: int) -> ActionRequest:
@@ -90,7 +101,7 @@ def admit_actions(request: ActionsRequest, info: ModelInfo, limits: Limits, *, f
     known = ", ".join(policy.observations)
     for name in request.observations.keys() ^ policy.observations.keys():
         what = "is missing" if name in policy.observations else "is unknown"
-        raise RequestRefused(f"The observation {_shown(name)} {what}: give {known}.", param=f"observations.{name[:80]}")
+        raise RequestRefused(f"The observation {shown(name)} {what}: give {known}.", param=f"observations.{name[:80]}")
     for name, width in policy.observations.items():
         rows = request.observations[name]
         if len(rows) != policy.observation_steps or any(len(row) != width for row in rows):
@@ -118,6 +129,7 @@ def admit_clips(request: VideosRequest, info: ModelInfo, limits: Limits, *, fres
             "The model draws pictures: POST /v1/images/generations.", param="model", code="wrong_model"
         )
     _offered(request)
+    _prompted(request)
     frames = request.frames or info.frames
     _within("frames", frames, int(LARGEST * info.frames))
     if request.output_compression is not None and request.output_format not in (None, "webp"):
@@ -126,7 +138,8 @@ def admit_clips(request: VideosRequest, info: ModelInfo, limits: Limits, *, fres
         raise RequestRefused(
             "This server has no encoder for mp4: ask for webp or png.", param="output_format", code="unsupported_value"
         )
-    admitted = _admitted(request, info, limits, fresh_seed=fresh_seed, frames=frames)
+    size = size_of(request.size, info)
+    admitted = filled_in(request, info, limits, size=size, fresh_seed=fresh_seed, frames=frames)
     warnings = list(admitted.warnings)
     if frames != info.frames:
         warnings.append(
@@ -139,7 +152,15 @@ def admit_clips(request: VideosRequest, info: ModelInfo, limits: Limits, *, fres
     return dataclasses.replace(admitted, warnings=warnings)
 
 
-def _admitted(request: DrawRequest, info: ModelInfo, limits: Limits, *, fresh_seed: int, frames: int = 0) -> Admitted:
+def filled_in(
+    request: DrawRequest, info: ModelInfo, limits: Limits, *, size: tuple[int, int], fresh_seed: int, **given: Any
+) -> Admitted:
+    """The pictures or clips of a request whose route fits the model, every default filled in.
+
+    Args:
+        size: width and height.
+        given: further fields of `SamplingRequest`.
+    """
     n = request.n or 1
     _within("n", n, limits.max_n)
     for name in ("prompt", "negative_prompt"):
@@ -147,20 +168,20 @@ def _admitted(request: DrawRequest, info: ModelInfo, limits: Limits, *, fresh_se
     steps = request.num_inference_steps or info.steps
     _within("num_inference_steps", steps, min(limits.max_steps, info.max_steps))
     sampler = _sampler(request.sampler, info)
-    width, height = size_of(request.size, info)
+    width, height = size
     seed = fresh_seed if request.seed is None else request.seed
     one = SamplingRequest(
-        prompt=request.prompt,
+        prompt=request.prompt or "",
         label=_label(request.label, info),
         like_HWC=_like(request.like, info),
-        negative_prompt=request.negative_prompt or "",
+        negative_prompt=request.negative_prompt,
         steps=steps,
         guidance_scale=info.guidance_scale if request.guidance_scale is None else request.guidance_scale,
         seed=seed,
         sampler=sampler,
         height=height,
         width=width,
-        frames=frames,
+        **given,
     )
     warnings = []
     if (width, height) != (info.size, info.size):
@@ -173,16 +194,29 @@ def _like(sent: str | None, info: ModelInfo) -> np.ndarray | None:
     if sent is None:
         return None
     if not info.takes_like:
-        raise RequestRefused("This model draws no variations of pictures.", param="like", code="unsupported_value")
+        raise RequestRefused(
+            f"This model draws no variations of pictures: it is {info.what}, and has no vision encoder.",
+            param="like",
+            code="unsupported_value",
+        )
+    return opaque(picture_of("like", sent))
+
+
+def picture_of(name: str, sent: str) -> Image.Image:
+    """The picture in a field. Raises RequestRefused naming it."""
     try:
-        return decode(sent)
+        return read(sent)
     except ValueError as error:
-        raise RequestRefused(f"Invalid like: {error}", param="like") from None
+        raise RequestRefused(f"Invalid {name}: {error}", param=name) from None
 
 
 def _label(wanted: int | str | None, info: ModelInfo) -> int | None:
     if wanted is None:
         return None
+    if info.classes is None:
+        raise RequestRefused(
+            f"This model does not draw classes: it is {info.what}.", param="label", code="unsupported_value"
+        )
     try:
         return label_of(wanted, info.classes, info.class_names)
     except ConfigError as error:
@@ -204,32 +238,11 @@ def model_known(name: str | None, info: ModelInfo, limits: Limits) -> None:
     """Raise RequestRefused (404) for a model that is not served."""
     if name is not None and name not in limits.names(info):
         raise RequestRefused(
-            f"The model {_shown(name)} does not exist. Served here: {', '.join(limits.names(info))}.",
+            f"The model {shown(name)} does not exist. Served here: {', '.join(limits.names(info))}.",
             param="model",
             code="model_not_found",
             status=404,
         )
-
-
-def size_of(size: str | None, info: ModelInfo) -> tuple[int, int]:
-    """(width, height) in pixels of a `size` field; the model's own where it is left out or `auto`."""
-    if size is None or size == "auto":
-        return info.size, info.size
-    match = _SIZE.fullmatch(size)
-    step = info.downsampling
-    low, high = -(-int(info.size * SMALLEST) // step) * step, int(info.size * LARGEST) // step * step
-    if match is None:
-        raise RequestRefused(
-            f"Invalid size {_shown(size)}: give '<width>x<height>', as in '{info.size}x{info.size}', or 'auto'.",
-            param="size",
-        )
-    width, height = int(match[1]), int(match[2])
-    if not all(low <= side <= high and side % step == 0 for side in (width, height)):
-        raise RequestRefused(
-            f"Invalid size {_shown(size)}: width and height must be multiples of {step} between {low} and {high}.",
-            param="size",
-        )
-    return width, height
 
 
 def _draws(info: ModelInfo) -> None:
@@ -241,7 +254,7 @@ def _sampler(name: str | None, info: ModelInfo) -> str:
     chosen = name or info.sampler
     if chosen not in info.samplers:
         raise RequestRefused(
-            f"Unknown sampler {_shown(chosen)}. This model allows: {', '.join(info.samplers)}.", param="sampler"
+            f"Unknown sampler {shown(chosen)}. This model allows: {', '.join(info.samplers)}.", param="sampler"
         )
     return chosen
 
@@ -250,11 +263,16 @@ def _offered(request: DrawRequest) -> None:
     """Refuse what OpenAI's API knows and this endpoint does not offer."""
     if request.response_format not in (None, "b64_json"):
         raise RequestRefused(
-            f"Invalid response_format {_shown(request.response_format)}: only 'b64_json' is offered.",
+            f"Invalid response_format {shown(request.response_format)}: only 'b64_json' is offered.",
             param="response_format",
         )
     if request.stream:
         raise RequestRefused("Streaming is not offered.", param="stream", code="unsupported_value")
+
+
+def _prompted(request: DrawRequest) -> None:
+    if request.prompt is None and request.label is None and request.like is None:
+        raise RequestRefused("Missing required parameter: 'prompt'.", param="prompt", code="missing_required_parameter")
 
 
 def _within(name: str, value: int, most: int) -> None:
@@ -271,9 +289,3 @@ def _short(name: str, text: str, most: int) -> None:
             param=name,
             code="string_above_max_length",
         )
-
-
-def _shown(value: str | None) -> str:
-    """A client's text as an error message may repeat it: quoted and short."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "...'"

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,13 +18,15 @@ import latentray
 from latentray.config.serve import ServeConfig
 from latentray.inference.requests import ActionRequest, SamplingRequest
 from latentray.reporting import animations
-from serving import keys, refusals
+from serving import forms, keys, refusals
 from serving.admission import Admitted, Limits, admit, admit_actions, admit_clips, model_known
+from serving.edits import admit_edits
 from serving.messages import ModelInfo, Picture, Plan
 from serving.pictures import encode
 from serving.schema import (
     ActionsReply,
     ActionsRequest,
+    EditsRequest,
     ErrorReply,
     ImageData,
     ImagesReply,
@@ -37,6 +39,8 @@ from serving.schema import (
 
 OPEN_ROUTES = frozenset({"/healthz", "/readyz"})
 """The only routes that answer without a key."""
+EDIT_FILES = ("image", "mask", "like")
+"""Fields of an edit that a form may send as files."""
 TRUNCATED = "The prompt is longer than the tokenizer takes; what came after its limit had no effect."
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorReply} for status in (400, 401, 404, 413, 429, 500, 503, 504)
@@ -119,7 +123,7 @@ def create(config: ServeConfig, backend: Backend, *, key_hashes: Sequence[str]) 
 
     @app.get("/v1/models")
     async def models() -> ModelList:
-        """What is served, with samplers, bounds and defaults."""
+        """What is served, with samplers, bounds, conditions and defaults."""
         info = await backend.info()
         return ModelList(data=[_model(name, info) for name in limits.names(info)])
 
@@ -132,8 +136,20 @@ def create(config: ServeConfig, backend: Backend, *, key_hashes: Sequence[str]) 
 
     @app.post("/v1/images/generations")
     async def generations(request: ImagesRequest) -> ImagesReply:
-        """Draw pictures from a prompt."""
-        admitted = admit(request, await backend.info(), limits, fresh_seed=secrets.randbits(32))
+        """Draw pictures from a prompt, a class (`label`) or a picture to vary (`like`)."""
+        info = await backend.info()
+        # in a thread, as all that reads pictures: it would hold up the event loop
+        admitted = await run_in_threadpool(admit, request, info, limits, fresh_seed=secrets.randbits(32))
+        pictures = await backend.draw(admitted.pictures)
+        return await run_in_threadpool(_reply, request, admitted, pictures)
+
+    @app.post("/v1/images/edits", openapi_extra=forms.documented(EditsRequest, files=EDIT_FILES))
+    async def edits(sent: Request) -> ImagesReply:
+        """Change a picture, paint a part of it anew, or, by a super-resolution model, make it larger."""
+        body, content_type = await sent.body(), sent.headers.get("content-type", "")
+        request = await run_in_threadpool(forms.parse, EditsRequest, body, content_type, files=EDIT_FILES)
+        info = await backend.info()
+        admitted = await run_in_threadpool(admit_edits, request, info, limits, fresh_seed=secrets.randbits(32))
         pictures = await backend.draw(admitted.pictures)
         return await run_in_threadpool(_reply, request, admitted, pictures)
 
@@ -201,16 +217,21 @@ def _plan_reply(asked: ActionRequest, info: ModelInfo, plan: Plan) -> ActionsRep
 
 def _parameters(asked: SamplingRequest, drawn: Picture) -> dict[str, Any]:
     """How one picture or clip was drawn: what its file says."""
-    return {
-        "prompt": asked.prompt,
-        "negative_prompt": asked.negative_prompt,
-        "model": drawn.release_id,
-        "seed": asked.seed,
-        "sampler": asked.sampler,
-        "num_inference_steps": asked.steps,
-        "guidance_scale": asked.guidance_scale,
-        "size": f"{asked.width}x{asked.height}",
-    } | ({} if asked.label is None else {"label": asked.label})
+    edit = {} if asked.picture_HWC is None else {"strength": asked.strength, "masked": asked.mask_HW is not None}
+    return (
+        {
+            "prompt": asked.prompt,
+            "negative_prompt": asked.negative_prompt,
+            "model": drawn.release_id,
+            "seed": asked.seed,
+            "sampler": asked.sampler,
+            "num_inference_steps": asked.steps,
+            "guidance_scale": asked.guidance_scale,
+            "size": f"{asked.width}x{asked.height}",
+        }
+        | edit
+        | ({} if asked.label is None else {"label": asked.label})
+    )
 
 
 def _of_all(admitted: Admitted, drawn: Sequence[Picture]) -> dict[str, Any]:

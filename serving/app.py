@@ -27,6 +27,7 @@ from latentray.config.serve import ServeConfig
 from latentray.errors import ConfigError
 from serving import keys, refusals
 from serving.deployments import Ingress, Sampler
+from serving.loading import require_settings
 from serving.releases import find_release
 
 NAME = "latentray"
@@ -41,6 +42,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     hashes = keys.collect(config)
     keys.require(config, hashes)
     release = find_release(config)
+    require_settings(config, release.uri)
     sampler = serve.deployment(
         Sampler,
         name="Sampler",

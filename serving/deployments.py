@@ -96,11 +96,11 @@ class Sampler:
         return outcomes
 
     @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.02)  # both set again by __init__
-    async def _draw_one(self, requests: list[SamplingRequest | ActionRequest]) -> list[Picture | Plan | Exception]:
+    async def _draw_one(self, requests: list[SamplingRequest | ActionRequest]) -> Sequence[Picture | Plan | Exception]:
         loaded = self._model()
         self._drawing_since = time.monotonic()
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, loaded.draw, requests)
+            return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: loaded.draw(requests))
         finally:
             self._drawing_since = float("inf")
 

@@ -21,10 +21,11 @@ from ray import serve as ray_serve
 from ray.serve.exceptions import BackPressureError
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
-from latentray.checkpoint import manifest
 from latentray.config.serve import ServeConfig
 from latentray.errors import ArtifactError, EnvironmentRefused, LatentrayError
-from serving import app, keys, policies
+from serving import app, keys
+from serving.greeting import greeting
+from serving.loading import require_settings
 from serving.releases import Release, find_release, verify
 
 _POLL_S = 0.25
@@ -50,9 +51,11 @@ class Endpoint:
     def roll_out(self, release: Release) -> None:
         """Put another release in service, in place, and return once it answers.
 
-        Raises ArtifactError where it is damaged or cannot draw; the one in service before stays.
+        Raises ArtifactError where it is damaged or cannot draw, ConfigError where the settings do not fit it; the one in
+        service before stays.
         """
         verify(release)
+        require_settings(self.config, release.uri)
         _deploy(self.config, first=self.first, release=release)
         refusal = _wait_for_release(release, self.config)
         if refusal is not None:
@@ -80,7 +83,7 @@ def serve(config: ServeConfig, block: bool = True) -> Endpoint:
     """Serve a release. With `block`, until SIGINT or SIGTERM; else the caller stops the endpoint it gets.
 
     Raises, before a cluster starts: EnvironmentRefused for a port in use or a missing key, InputMissing or
-    ArtifactError for a release that is missing or damaged.
+    ArtifactError for a release that is missing or damaged, ConfigError for settings that do not fit it.
     """
     hashes = keys.collect(config)
     registry = None if config.release else config.registry  # an alias names nothing where the release is given itself
@@ -88,6 +91,7 @@ def serve(config: ServeConfig, block: bool = True) -> Endpoint:
     keys.require(config, config.key_hashes)
     release = find_release(config)
     verify(release)
+    require_settings(config, release.uri)
     if _is_local(config):
         require_free_port(config.host, config.port)
 
@@ -117,7 +121,7 @@ def serve(config: ServeConfig, block: bool = True) -> Endpoint:
         if owns_ray:
             ray.shutdown()
         raise
-    print(greeting(endpoint), flush=True)
+    print(greeting(endpoint.base_url, release, with_key=bool(config.key_hashes)), flush=True)
     if block:
         try:
             wait_for_signal(endpoint)
@@ -175,33 +179,6 @@ def deploy_schema(config: ServeConfig, *, first: Release, release: Release) -> d
             }
         ]
     }
-
-
-def greeting(endpoint: Endpoint) -> str:
-    """What to type next: a curl that works, and the same in Python."""
-    config, url = endpoint.config, endpoint.base_url
-    header = '-H "Authorization: Bearer $API_KEY" ' if config.key_hashes else ""
-    key = 'os.environ["API_KEY"]' if config.key_hashes else '"none"'
-    found = manifest.find(endpoint.release.uri)
-    if found is not None and policies.is_policy(endpoint.release.uri, found):
-        return f"""
-Serving {endpoint.release.id} at {url}{" (API_KEY holds a client's key)" if config.key_hashes else ""}
-
-  curl -s {url}/v1/models {header}              # the observations that it is told
-  curl -s {url}/v1/actions {header}-H "Content-Type: application/json" -d '{{"observations": {{...}}, "seed": 1}}'
-"""
-    return f"""
-Serving {endpoint.release.id} at {url}{" (API_KEY holds a client's key)" if config.key_hashes else ""}
-
-  curl -s {url}/v1/images/generations {header}-H "Content-Type: application/json" \\
-    -d '{{"prompt": "a red circle on a white background", "seed": 1}}' \\
-    | python3 -c 'import json, sys; print(json.load(sys.stdin)["data"][0]["b64_json"])' | base64 -d > picture.png
-
-  import base64, os, openai
-  client = openai.OpenAI(base_url="{url}/v1", api_key={key})
-  reply = client.images.generate(prompt="a red circle on a white background", extra_body={{"seed": 1}})
-  open("picture.png", "wb").write(base64.b64decode(reply.data[0].b64_json))
-"""
 
 
 def _start_proxy(config: ServeConfig) -> bool:

@@ -10,6 +10,8 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
 from latentray.checkpoint import manifest
 from latentray.config.serve import ServeConfig
 from latentray.errors import ArtifactError, ConfigError, RequestRefused
@@ -45,6 +47,8 @@ class Model(Protocol):
     frames: int
     fps: float
     takes_like: bool
+    takes_mask: bool
+    makes_larger: int
     classes: int | None
     class_names: tuple[str, ...]
 
@@ -77,13 +81,27 @@ def loader_of(import_path: str) -> Callable[..., Model]:
     return found
 
 
+def require_settings(config: ServeConfig, uri: str) -> None:
+    """Raise ConfigError for settings that the release has no use for."""
+    if not policies.is_policy(uri, read_manifest(uri)):
+        return
+    for where, is_set in (("offload", config.offload), ("compile", config.compile)):
+        if is_set:
+            raise ConfigError(
+                "A policy is one small network: it is whole on the device, and not compiled.",
+                where=where,
+                mend=f"Set {where}=false.",
+            )
+
+
 def load(config: ServeConfig, uri: str, release_id: str) -> Servable:
     """Load a release; the loader verifies every file it reads by the manifest."""
     found = read_manifest(uri)
     created = datetime.datetime.fromisoformat(found.created)
+    require_settings(config, uri)
     if policies.is_policy(uri, found):
         return policies.load(config, uri, release_id, created=int(created.timestamp()))
-    model = loader_of(config.loader)(uri, device=config.device)
+    model = loader_of(config.loader)(uri, device=config.device, offload=config.offload, compile=config.compile)
     info = ModelInfo(
         release_id=release_id,
         release=uri,
@@ -100,8 +118,31 @@ def load(config: ServeConfig, uri: str, release_id: str) -> Servable:
         takes_like=model.takes_like,
         classes=model.classes,
         class_names=tuple(model.class_names),
+        makes_larger=model.makes_larger,
+        takes_mask=model.takes_mask,
     )
     return Loaded(model=model, info=info, threads=config.threads)
+
+
+def _no_longer(request: Any, info: ModelInfo) -> RequestRefused | None:
+    """Why a request that was admitted before a promotion cannot be drawn by the release that came with it."""
+    now = f"The model in service is {info.what} now."
+    if isinstance(request, ActionRequest) or bool(request.frames) != bool(info.frames):
+        return RequestRefused(now, param="model")
+    if (request.small_HWC is not None) != bool(info.makes_larger):
+        return RequestRefused(now, param="model")
+    if request.small_HWC is not None:
+        height, width = (side * info.makes_larger for side in request.small_HWC.shape[:2])
+        if (height, width) != (request.height, request.width):
+            return RequestRefused(now, param="image")
+    if request.sampler not in info.samplers:
+        allowed = f"This model allows: {', '.join(info.samplers)}."
+        return RequestRefused(f"Unknown sampler {request.sampler!r}. {allowed}", param="sampler")
+    if request.label is not None and request.label >= (info.classes or 0):
+        return RequestRefused(f"There is no class {request.label}. {now}", param="label")
+    if request.like_HWC is not None and not info.takes_like:
+        return RequestRefused(f"It draws no variations of pictures. {now}", param="like")
+    return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,6 +160,7 @@ class Loaded:
 
             torch.set_num_threads(self.threads)
         size, info = self.info.size, self.info
+        small = size // (info.makes_larger or 1)
         request = SamplingRequest(
             prompt="warm-up",
             steps=min(2, info.steps, info.max_steps),
@@ -128,6 +170,7 @@ class Loaded:
             height=size,
             width=size,
             frames=info.frames,
+            small_HWC=np.full((small, small, 3), 127, np.uint8) if info.makes_larger else None,
         )
         (outcome,) = self.draw([request])
         if isinstance(outcome, Exception):
@@ -141,23 +184,11 @@ class Loaded:
         groups: dict[tuple[int, int, int], list[int]] = defaultdict(list)
         outcomes: list[Picture | Exception] = [RequestRefused("not drawn", status=500)] * len(requests)
         for i, request in enumerate(requests):
-            if isinstance(request, ActionRequest):  # likewise
-                outcomes[i] = RequestRefused("The model draws pictures now.", param="model")
-            elif request.sampler not in self.info.samplers:  # admitted before a promotion that changed the objective
-                outcomes[i] = RequestRefused(
-                    f"Unknown sampler {request.sampler!r}. This model allows: {', '.join(self.info.samplers)}.",
-                    param="sampler",
-                )
-            elif bool(request.frames) != bool(self.info.frames):  # likewise
-                outcomes[i] = RequestRefused(
-                    f"The model draws {'clips' if self.info.frames else 'pictures'} now.", param="model"
-                )
-            elif request.label is not None and request.label >= (self.info.classes or 0):  # likewise
-                outcomes[i] = RequestRefused(f"The model knows no class {request.label} now.", param="label")
-            elif request.like_HWC is not None and not self.info.takes_like:  # likewise
-                outcomes[i] = RequestRefused("The model draws no variations of pictures now.", param="like")
-            else:
+            refusal = _no_longer(request, self.info)
+            if refusal is None:
                 groups[request.height, request.width, request.frames].append(i)
+            else:
+                outcomes[i] = refusal
         for rows in groups.values():
             for i, outcome in zip(rows, self._draw_group([requests[i] for i in rows]), strict=True):
                 outcomes[i] = outcome

@@ -77,8 +77,34 @@ class ModelInfo:
     """How many classes it draws; None for a model that knows none."""
     class_names: tuple[str, ...] = ()
     """Theirs, in their order, where they have names."""
+    makes_larger: int = 0
+    """The factor of a super-resolution model; 0 for others."""
+    takes_mask: bool = False
+    """Whether it was trained for inpainting; other models of pictures inpaint too, and know less of what is around."""
     refused: tuple[str, str] | None = None
     """Id of a release that was to replace this one and could not, and why."""
+
+    @property
+    def what(self) -> str:
+        """What the model is, as a refusal tells it."""
+        if self.policy is not None:
+            return "a policy, which gives actions"
+        if self.makes_larger:
+            return f"a super-resolution model, which makes pictures {self.makes_larger} times larger"
+        drawn = "an inpainting model" if self.takes_mask else f"a model of {'clips' if self.frames else 'pictures'}"
+        return drawn if self.classes is None else f"{drawn} of {self.classes} classes"
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """The fields of a request, besides its prompts, that say what is to be drawn."""
+        changes = not self.frames and self.policy is None
+        taken = {
+            "label": self.classes is not None,
+            "like": self.takes_like,
+            "image": changes,
+            "mask": changes and not self.makes_larger,
+        }
+        return tuple(name for name, is_taken in taken.items() if is_taken)
 
     def public(self) -> dict[str, Any]:
         """What `GET /v1/models` tells clients besides OpenAI's fields."""
@@ -93,6 +119,7 @@ class ModelInfo:
             "release": self.release_id,
             "size": f"{self.size}x{self.size}",
             "size_multiple_of": self.downsampling,
+            "conditions": list(self.conditions),
             "samplers": list(self.samplers),
             "max_steps": self.max_steps,
             "defaults": {
@@ -105,4 +132,5 @@ class ModelInfo:
     def _more(self) -> dict[str, Any]:
         """What only some models have."""
         of_clips = {"frames": self.frames, "fps": self.fps}
-        return of_clips | {"classes": self.classes, "class_names": list(self.class_names), "like": self.takes_like}
+        of_pictures = {"inpainting": self.takes_mask, "super_resolution": self.makes_larger, "like": self.takes_like}
+        return of_clips | {"classes": self.classes, "class_names": list(self.class_names)} | of_pictures

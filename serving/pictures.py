@@ -39,10 +39,10 @@ def encode(pixels_HWC: np.ndarray, output_format: str, *, quality: int | None, p
     return buffer.getvalue()
 
 
-def decode(sent: str) -> np.ndarray:
-    """A PNG, JPEG or WebP file in base64, or as a data URL -> uint8 RGB (H, W, 3), upright.
+def read(sent: str) -> Image.Image:
+    """A PNG, JPEG or WebP file in base64, or as a data URL -> the picture, RGB or, where parts are transparent, RGBA; upright.
 
-    Raises ValueError, with what a client may read, where it is none or has more than MAX_PIXELS.
+    Raises ValueError, with what a client may read, where it is none, has more than MAX_PIXELS or 16 bits a channel.
     """
     try:
         data = base64.b64decode(sent.partition(",")[2] if sent.startswith("data:") else sent, validate=True)
@@ -53,13 +53,44 @@ def decode(sent: str) -> np.ndarray:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
                 if image.width * image.height > MAX_PIXELS:
-                    raise _TooLarge(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}.")
-                return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except _TooLarge:
+                    raise _Refused(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}.")
+                if image.mode.startswith("I"):
+                    raise _Refused("it has 16 bits a channel, and 8 are taken.")  # Pillow would cut them off at 255
+                mode = "RGBA" if image.has_transparency_data else "RGB"
+                return ImageOps.exif_transpose(image).convert(mode)
+    except _Refused:
         raise
     except Exception:  # the decoders raise whatever a damaged file provokes
         raise ValueError("it is no PNG, JPEG or WebP picture that can be read.") from None
 
 
-class _TooLarge(ValueError):
+class _Refused(ValueError):
     pass
+
+
+def opaque(image: Image.Image) -> np.ndarray:
+    """uint8 RGB (H, W, 3); transparency lies over white."""
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(image.convert("RGB"))
+
+
+def transparent(image: Image.Image) -> np.ndarray | None:
+    """True where a picture is transparent, bool (H, W); None where nothing of it is."""
+    if image.mode != "RGBA":
+        return None
+    found = np.asarray(image.getchannel("A")) < 128
+    return found if found.any() else None
+
+
+def painted(mask: Image.Image) -> np.ndarray:
+    """True where a mask says to paint, bool (H, W): where it is transparent, and if nothing of it is, where it is light."""
+    found = transparent(mask)
+    return np.asarray(mask.convert("L")) > 127 if found is None else found
+
+
+def fitted(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Resized to cover the size (Lanczos, antialiased), the centre cut out; as it is where it has the size already."""
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    return np.asarray(ImageOps.fit(Image.fromarray(pixels), (width, height), Image.Resampling.LANCZOS))

@@ -89,3 +89,9 @@ def explain(error: dict[str, Any]) -> dict[str, Any]:
             "code": "missing_required_parameter",
         }
     return {"message": f"Invalid {param}: {error['msg']}.", "param": param, "code": kind}
+
+
+def shown(value: str | None) -> str:
+    """A client's text as an error message may repeat it: quoted and short."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "...'"

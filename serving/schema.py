@@ -19,7 +19,12 @@ class DrawRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    prompt: str = Field(min_length=1, description="What to draw. Cut where it is longer than the tokenizer takes.")
+    prompt: str | None = Field(
+        None,
+        min_length=1,
+        description="What to draw. Cut where it is longer than the tokenizer takes. May be left out where a `label` or a picture "
+        "says what to draw.",
+    )
     model: str | None = Field(None, description="Served name, release id or alias; the served model where left out.")
     n: int | None = Field(None, ge=1, description="Number of pictures or clips; 1 where left out.")
     size: str | None = Field(None, description="`<width>x<height>` in pixels, or `auto` for the model's own size.")
@@ -61,6 +66,40 @@ class ImagesRequest(DrawRequest):
     background: str | None = Field(None, description="`auto` or `opaque`; pictures have no alpha channel.")
     style: Literal["vivid", "natural"] | None = Field(None, description="Accepted for compatibility, without effect.")
     moderation: Literal["auto", "low"] | None = Field(None, description="Accepted for compatibility, without effect.")
+
+
+class EditsRequest(ImagesRequest):
+    """`POST /v1/images/edits`: JSON with pictures in base64, or a form with pictures as files, as OpenAI's clients send it.
+
+    client.images.edit(image=open("photo.png", "rb"), mask=open("mask.png", "rb"), prompt="a red circle")
+    client.images.edit(image=open("small.png", "rb"), prompt="a red circle")             # super-resolution models
+    client.images.edit(image=open("photo.png", "rb"), prompt="...", extra_body={"strength": 0.4, "label": "tench"})
+    """
+
+    image: str = Field(
+        description="The picture to change or, for super-resolution models, to make larger: PNG, JPEG or WebP."
+    )
+    mask: str | None = Field(
+        None,
+        description="A picture of the same size: painted anew is where it is transparent or, if nothing of it is, where it is "
+        "light; the rest stays, pixel for pixel. Where left out, the transparent part of `image` counts as it. Super-resolution "
+        "models take none.",
+    )
+    strength: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="How much may change: the share of the steps that is run; 0.7 where left out, 1 with a mask. "
+        "Super-resolution models take none.",
+    )
+    size: str | None = Field(
+        None,
+        description="`<width>x<height>` in pixels; `auto` is the size of `image` where the model draws it, else the model's own. "
+        "To another size than its own, `image` is resized and cut.",
+    )
+    input_fidelity: Literal["high", "low"] | None = Field(
+        None, description="Accepted for compatibility, without effect: `strength` sets it."
+    )
 
 
 class VideosRequest(DrawRequest):
@@ -164,7 +203,7 @@ class Model(BaseModel):
     created: int
     owned_by: str = "latentray"
     latentray: dict[str, Any]
-    """Release, samplers, bounds and defaults."""
+    """Release, samplers, bounds, conditions and defaults."""
 
 
 class ModelList(BaseModel):

@@ -24,6 +24,7 @@ from latentray.models.autoencoder import (
     VQAutoencoder,
 )
 from latentray.models.mmdit import MMDiT
+from latentray.models.noisy_classifier import NoisyClassifier
 from latentray.models.policy import ActionUNet
 from latentray.models.unet import UNet
 from latentray.models.video import VideoUNet
@@ -39,12 +40,14 @@ _AUTOENCODERS: dict[str, Callable[[AutoencoderConfig], Autoencoder]] = {
     "vq": VQAutoencoder,
     "identity": IdentityAutoencoder,
 }
-Denoiser = UNet | MMDiT | ActionUNet
+Denoiser = UNet | MMDiT | ActionUNet | NoisyClassifier
+"""Networks of noisy samples; the classifier is trained, exported and planned as the others are, and denoises nothing."""
 _DENOISERS: dict[str, Callable[[DenoiserConfig], Denoiser]] = {
     "unet": UNet,
     "mmdit": MMDiT,
     "video": VideoUNet,
     "policy": ActionUNet,
+    "classifier": NoisyClassifier,
 }
 
 
@@ -100,7 +103,8 @@ def autoencoder_artifact(uri: str) -> AutoencoderArtifact:
 
 def _identity() -> AutoencoderArtifact:
     config = AutoencoderConfig(kind="identity", in_channels=3, latent_channels=3)
-    constant = store.digest_of({"autoencoder": IDENTITY})
+    scale = LatentScale(shift=0.0, scale=1.0)
+    constant = fingerprint_of(config, {}, scale)
     path = store.cache_dir() / "identity.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +116,7 @@ def _identity() -> AutoencoderArtifact:
         digest=constant,
         fingerprint=constant,
         config=config,
-        scale=LatentScale(shift=0.0, scale=1.0),
+        scale=scale,
         size=_IDENTITY_SIZE,
         weights=path,
     )
@@ -144,6 +148,8 @@ def write_autoencoder(
 
 def fingerprint_of(config: AutoencoderConfig, state: Mapping[str, Tensor], scale: LatentScale) -> str:
     """What an autoencoder's latents belong to: sha256 over all that they depend on."""
+    if config.kind == IDENTITY:
+        return store.digest_of({"autoencoder": IDENTITY})
     encoder = hashlib.sha256()
     for name in sorted(name for name in state if name.startswith("encoder.")):
         value = state[name].detach().cpu().contiguous()
@@ -178,17 +184,35 @@ def as_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one, else the CPU. Raises ConfigError for a device this machine lacks."""
+def device(name: str, *, where: str = "device") -> torch.device:
+    """`auto` is the GPU where there is one, else the CPU. Raises ConfigError for a device this machine lacks.
+
+    Args:
+        where: the setting that an error names.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"There is no device {name!r}.", where="device", mend="Use auto, cpu or cuda.") from None
+        raise ConfigError(f"There is no device {name!r}.", where=where, mend="Use auto, cpu or cuda.") from None
     if found.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("This machine has no usable GPU.", where="device", mend="Use device=auto or device=cpu.")
+        raise ConfigError("This machine has no usable GPU.", where=where, mend=f"Use {where}=auto or {where}=cpu.")
     return found
+
+
+def require_compiler() -> None:
+    """Raise ConfigError where torch.compile has no C++ compiler to call."""
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except (exc.InvalidCxxCompiler, OSError):
+        raise ConfigError(
+            "Compiling the network, or Muon's kernels, needs a C++ compiler, and none was found.",
+            where="compile",
+            mend="Install g++ (or name another by the variable CXX), or set compile=false, and another optimizer than muon.",
+        ) from None
 
 
 def _filled(module: Net, state: Mapping[str, Tensor] | None, where: str) -> Net:

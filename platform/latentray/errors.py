@@ -67,6 +67,10 @@ class FingerprintMismatch(ArtifactError):
     """Two artifacts do not belong together: latents that another autoencoder encoded."""
 
 
+class WeightsMismatch(ArtifactError, ValueError):
+    """Weights do not fit the network that they are given to: another shape, a name that is missing or unknown."""
+
+
 class AlreadyExists(ArtifactError):
     """A committed artifact would be overwritten; artifacts are immutable."""
 
@@ -104,6 +108,10 @@ class RequestRefused(LatentrayError):
 
 class Stopped(LatentrayError):
     """A run was asked to stop (SIGTERM), saved a checkpoint and ended; the same run goes on from there later."""
+
+
+class Interrupted(LatentrayError):
+    """A run was ended at once (Ctrl-C), without a checkpoint; the same run goes on from its newest one later."""
 
 
 class TrainingFailed(LatentrayError):

@@ -7,13 +7,12 @@ Beside them stands the ceiling: the same convolutions alone, on maps that are th
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor, nn
+from interleaved import medians, products_of
+from torch import nn
 
 from latentray import build
 from latentray.checkpoint import interop_autoencoders as interop
@@ -25,7 +24,6 @@ torchvision_ops.ensure_importable()
 from diffusers import AutoencoderKL  # noqa: E402  (it imports torchvision)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-REPEATS = 9
 CONFIG = AutoencoderConfig()
 
 
@@ -43,38 +41,6 @@ def pair() -> tuple[Autoencoder, nn.Module]:
     theirs = AutoencoderKL(**described).eval().requires_grad_(False)
     theirs.load_state_dict(state)
     return tuple(net.to(dtype=torch.bfloat16, memory_format=torch.channels_last) for net in (ours, theirs))
-
-
-def convolutions_of(net: nn.Module, call: Callable[[], object]) -> Callable[[], None]:
-    """The convolutions that a call of diffusers' makes, one after another."""
-    met: list[tuple[nn.Conv2d, Tensor]] = []
-    hooks = [
-        module.register_forward_pre_hook(lambda conv, args: met.append((conv, args[0].clone())))
-        for module in net.modules()
-        if isinstance(module, nn.Conv2d)
-    ]
-    call()
-    for hook in hooks:
-        hook.remove()
-
-    def alone() -> None:
-        for conv, x in met:
-            conv(x)
-
-    return alone
-
-
-def medians(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    for call in calls.values():
-        call()
-        call()
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(REPEATS):
-        for name, call in calls.items():
-            begin = time.thread_time()
-            call()
-            seconds[name].append(time.thread_time() - begin)
-    return {name: statistics.median(many) for name, many in seconds.items()}
 
 
 @torch.no_grad()
@@ -95,7 +61,7 @@ def test_encoding_and_decoding(way: str, batch: int, size: int) -> None:
         calls = {"ours": lambda: ours.decode(given), "diffusers": lambda: theirs.decode(given).sample}
     got, expected = calls["ours"]().float(), calls["diffusers"]().float()
     assert (got - expected).abs().max() < 0.05 * expected.abs().max()
-    found = medians(calls | {"diffusers' convolutions alone": convolutions_of(theirs, calls["diffusers"])})
+    found = medians(calls | {"diffusers' convolutions alone": products_of(theirs, calls["diffusers"], (nn.Conv2d,))})
     print(f"\n{way}, {batch} x {size} pixels, bf16, channels last")
     for name, value in found.items():
         print(f"  {name:30s} {value * 1e3:8.1f} ms, {found['diffusers'] / value:.2f}x diffusers")

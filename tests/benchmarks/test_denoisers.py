@@ -7,12 +7,11 @@ machine disturbs least. Compiling takes minutes.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 import torch
+from interleaved import medians, products_of
 from torch import Tensor, nn
 
 from latentray import build
@@ -28,7 +27,6 @@ CONFIG = DenoiserConfig(
     channels=[64, 128, 256], depth=[1, 1, 1], heads=None, head_dim=64, context_width=768, linear_projection=True
 )
 FORMATS = {"": torch.contiguous_format, ", channels_last": torch.channels_last}
-REPEATS = 9
 
 
 @pytest.fixture(autouse=True)
@@ -55,20 +53,6 @@ def inputs(batch: int) -> tuple[Tensor, Tensor, Tensor]:
     return x.bfloat16(), torch.full((batch,), 500.0), context.bfloat16()
 
 
-def medians(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Median CPU seconds of each, in turn, after two calls to warm up."""
-    for call in calls.values():
-        call()
-        call()
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(REPEATS):
-        for name, call in calls.items():
-            begin = time.thread_time()
-            call()
-            seconds[name].append(time.thread_time() - begin)
-    return {name: statistics.median(many) for name, many in seconds.items()}
-
-
 def report(title: str, seconds: Mapping[str, float]) -> dict[str, float]:
     """Print all; the best of ours and of diffusers', eager and compiled."""
     best = {
@@ -82,15 +66,22 @@ def report(title: str, seconds: Mapping[str, float]) -> dict[str, float]:
     return best
 
 
-def modes(run: Callable[[Callable[..., object]], Callable[[], object]]) -> dict[str, Callable[[], object]]:
+def modes(run: Callable[[Callable[..., object]], Callable[[], Tensor]]) -> dict[str, Callable[[], Tensor]]:
     """Every mode's call: both networks, in both memory formats, eager and compiled in the better one."""
-    calls: dict[str, Callable[[], object]] = {}
+    calls: dict[str, Callable[[], Tensor]] = {}
     for suffix, memory_format in FORMATS.items():
         ours, theirs = pair(memory_format)
         for whose, net in (("ours", ours), ("diffusers", theirs)):
             calls[f"{whose} eager{suffix}"] = run(net)
             calls[f"{whose} compiled{suffix}"] = run(torch.compile(net, dynamic=False))
     return calls
+
+
+def require_equal(calls: Mapping[str, Callable[[], Tensor]]) -> None:
+    """Raise where a mode's result is not diffusers' own, to bf16's rounding."""
+    expected = calls["diffusers eager"]().float()
+    for name, call in calls.items():
+        assert (call().float() - expected).abs().max() < 0.05 * expected.abs().max(), name
 
 
 def values(output: object) -> Tensor:
@@ -101,7 +92,7 @@ def values(output: object) -> Tensor:
 def test_forward(batch: int) -> None:
     given = inputs(batch)
 
-    def run(net: Callable[..., object]) -> Callable[[], object]:
+    def run(net: Callable[..., object]) -> Callable[[], Tensor]:
         @torch.no_grad()
         def call() -> Tensor:
             return values(net(*given))
@@ -109,10 +100,10 @@ def test_forward(batch: int) -> None:
         return call
 
     calls = modes(run)
-    expected = calls["diffusers eager"]().float()
-    for name, call in calls.items():
-        assert (call().float() - expected).abs().max() < 0.05 * expected.abs().max(), name
-    best = report(f"forward, batch {batch}", medians(calls))
+    require_equal(calls)
+    _, theirs = pair(torch.channels_last)
+    alone = products_of(theirs, run(theirs))
+    best = report(f"forward, batch {batch}", medians({**calls, "convolutions and products alone": alone}))
     assert best["ours eager"] < best["diffusers eager"]
 
 
@@ -120,11 +111,18 @@ def test_forward(batch: int) -> None:
 def test_forward_and_backward(batch: int) -> None:
     given = inputs(batch)
 
-    def run(net: Callable[..., object]) -> Callable[[], object]:
-        def call() -> None:
-            values(net(*given)).float().square().mean().backward()
+    def run(net: Callable[..., object]) -> Callable[[], Tensor]:
+        x = given[0].clone().requires_grad_()
+
+        def call() -> Tensor:
+            x.grad = None
+            values(net(x, *given[1:])).float().square().mean().backward()
+            assert x.grad is not None
+            return x.grad
 
         return call
 
-    best = report(f"forward and backward, batch {batch}", medians(modes(run)))
+    calls = modes(run)
+    require_equal(calls)
+    best = report(f"forward and backward, batch {batch}", medians(calls))
     assert best["ours eager"] < best["diffusers eager"]

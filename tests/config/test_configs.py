@@ -82,6 +82,9 @@ NEEDS = {
     ("source", "folder"): ["path=p"],
     ("source", "table"): ["path=p"],
     ("source", "webdataset"): ["path=p"],
+    ("stage", "classifier"): ["denoiser=classifier_tiny"],
+    ("denoiser", "classifier_f8"): ["stage=classifier"],
+    ("denoiser", "classifier_tiny"): ["stage=classifier"],
     ("deepspeed", "zero0"): ["precision=autocast"],
     ("optimizer", "adafactor"): ["deepspeed=zero0", "precision=autocast"],
 }
@@ -131,13 +134,14 @@ def test_every_autoencoder_builds(name):
 
 @pytest.mark.parametrize("name", compose.groups()["denoiser"])
 def test_every_denoiser_builds(name):
-    config = load("train", f"denoiser={name}").denoiser
+    config = load("train", f"denoiser={name}", *NEEDS.get(("denoiser", name), [])).denoiser
     with torch.device("meta"):
         net = build.denoiser(config)
         of_picture = ((config.in_channels, 16, 16), (config.out_channels, 16, 16))
         shapes = {
             "video": tuple((3, *one) for one in of_picture),
             "policy": tuple((config.action_steps, one) for one in (config.in_channels, config.out_channels)),
+            "classifier": (of_picture[0], (config.classes or 0,)),
         }
         noisy, drawn = shapes.get(config.family, of_picture)
         x, t, context = torch.empty(1, *noisy), torch.empty(1), torch.empty(1, 5, config.context_width or 1)
@@ -192,12 +196,13 @@ def test_every_objective_builds(name):
         ("unet_sd15", 859_520_964), ("unet_sd2", 865_910_724), ("unet_sdxl", 2_567_463_684),
         ("unet_sdxl_refiner", 2_259_526_660), ("unet_class", 406_730_884), ("mmdit_sd3_medium", 2_028_328_000),
         ("mmdit_sd35_medium", 2_243_171_520), ("mmdit_sd35_large", 8_056_627_520),
-        ("video_sd15", 1_206_380_484), ("unet_ldm_text", 1_415_195_844),
+        ("video_sd15", 1_206_380_484), ("unet_ldm_text", 1_415_195_844), ("classifier_f8", 70_675_432),
     ],
 )  # fmt: skip
 def test_the_parameter_counts_of_denoisers(name, parameters):
     with torch.device("meta"):
-        assert build.parameter_count(build.denoiser(load("train", f"denoiser={name}").denoiser)) == parameters
+        needed = NEEDS.get(("denoiser", name), [])
+        assert build.parameter_count(build.denoiser(load("train", f"denoiser={name}", *needed).denoiser)) == parameters
 
 
 def test_the_parameter_count_of_the_autoencoder():
@@ -273,10 +278,34 @@ def test_an_unknown_stage_is_refused():
         ("train", ["objective=flow", "objective.prediction=v"], "objective.prediction"),
         ("train", ["autoencoder.channels=[100]"], "autoencoder.channels"),
         ("train", ["denoiser.depth=[1]"], "denoiser.depth"),
-        ("train", ["denoiser.head_dim=64"], "denoiser.heads"),
+        ("train", ["denoiser.head_dim=64"], "denoiser.head_dim"),
+        ("train", ["denoiser.heads=null"], "denoiser.heads"),
+        ("train", ["denoiser.heads=7"], "denoiser.heads"),
+        ("train", ["denoiser.heads=null", "denoiser.head_dim=7"], "denoiser.head_dim"),
         ("train", ["stage=autoencoder", "stage.lpips.net=resnet"], "stage.lpips.net"),
         ("train", ["stage=autoencoder", "stage.discriminator.channels=4"], "stage.discriminator.channels"),
+        ("train", ["stage=classifier"], "denoiser.family"),
+        ("train", ["denoiser=classifier_tiny"], "stage.name"),
+        ("train", ["stage=classifier", "denoiser=classifier_tiny", "objective=regression"], "objective.schedule"),
+        ("train", ["stage=classifier", "denoiser=classifier_tiny", "denoiser_from=m"], "denoiser_from"),
+        ("sample", ["classifier=c"], "label"),
+        ("sample", ["classifier_scale=2"], "classifier"),
+        ("sample", ["label=1", "compare=classifier"], "classifier"),
+        ("sample", ["classifier=c", "label=1", "classifier_scale=-1"], "classifier_scale"),
+        ("sample", ["classifier=c", "label=1", "refiner=m"], "refiner"),
         ("train", ["tracking.mode=sometimes"], "tracking.mode"),
+        ("train", ["micro_batch_size=0"], "micro_batch_size"),
+        ("train", ["micro_batch_size=-1"], "micro_batch_size"),
+        ("train", ["loader_workers=-1"], "loader_workers"),
+        ("train", ["log_every_samples=0"], "log_every_samples"),
+        ("train", ["checkpoint_every_samples=-1"], "checkpoint_every_samples"),
+        ("train", ["keep_checkpoints=0"], "keep_checkpoints"),
+        ("train", ["optimizer.betas=[0.9,1.0]"], "optimizer.betas"),
+        ("train", ["optimizer.betas=[-0.1,0.9]"], "optimizer.betas"),
+        ("train", ["optimizer.eps=-1e-8"], "optimizer.eps"),
+        ("train", ["cluster.threads=0"], "cluster.threads"),
+        ("train", ["cluster.collective_timeout_s=0"], "cluster.collective_timeout_s"),
+        ("train", ["cluster.resize_every_s=0"], "cluster.resize_every_s"),
         ("precompute_latents", ["data=null"], "data"),
         ("build_shards", ["source=folder"], "path"),
         ("promote", ["model=???"], "model"),
@@ -298,9 +327,29 @@ def test_a_command_line_that_cannot_be_parsed_is_one_message(broken):
     assert refused("train", broken).what
 
 
-def test_what_deepspeed_takes_beyond_ours_passes():
-    config = load("train", "+deepspeed.extra.zero_optimization.overlap_comm=true")
-    assert config.deepspeed.extra == {"zero_optimization": {"overlap_comm": True}}
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        ["deepspeed.extra={zero_optimization:{overlap_comm:true}}"],
+        ["deepspeed.extra.zero_optimization.overlap_comm=true"],
+        ["+deepspeed.extra.zero_optimization.overlap_comm=true"],
+        ["++deepspeed.extra.zero_optimization.overlap_comm=true"],
+        [
+            "deepspeed=zero1",
+            "deepspeed.extra={zero_optimization:{}}",
+            "deepspeed.extra.zero_optimization.overlap_comm=true",
+        ],
+    ],
+)
+def test_what_deepspeed_takes_beyond_ours_passes(spelling):
+    assert load("train", *spelling).deepspeed.extra == {"zero_optimization": {"overlap_comm": True}}
+
+
+def test_an_open_mapping_is_checked_however_it_is_spelt():
+    for spelling in ("deepspeed.extra={zero_optimisation:{}}", "deepspeed.extra.zero_optimisation={}"):
+        assert refused("train", spelling).where.startswith("deepspeed.extra.zero_optimisation")
+    assert load("train", "deepspeed.extra={}").deepspeed.extra == {}
+    assert load("submit", "env={A_B:c}").env == load("submit", "env.A_B=c").env == {"A_B": "c"}
 
 
 _RUN = """
@@ -356,6 +405,12 @@ def test_help_says_what_each_setting_means_and_offers_only_groups_that_apply(nam
     assert set(compose.groups_of(name)) == {
         group for group, taker in GROUPS.items() if taker == name or group in SHARED.get(name, ())
     } - {"debug"}
+
+
+def test_help_begins_with_the_settings_that_are_no_groups():
+    shown = list(yaml.safe_load(describe.settings(compose.to_plain(compose.compose("train")), Train)))
+    assert shown[:2] == ["data", "latents"]
+    assert shown.index("run") < shown.index("out") < shown.index("stage") < shown.index("denoiser")
 
 
 def test_a_comma_in_a_prompt_is_told_how_to_be_quoted():

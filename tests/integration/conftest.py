@@ -187,7 +187,8 @@ def ledgers() -> Callable[[Path, str], dict[int, list[dict]]]:
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory) -> Iterator[Job]:
+def begun_job(tmp_path_factory) -> Iterator[Job]:
+    """Its inputs are written, and nothing was trained."""
     tiny = load("numerics/tiny.py")
     folder = tmp_path_factory.mktemp("survival")
     with pytest.MonkeyPatch.context() as patch:
@@ -195,10 +196,16 @@ def job(tmp_path_factory) -> Iterator[Job]:
     dropped = ("total_samples", "checkpoint_every", "cluster=", "global_batch_size")
     kept = [one for one in tiny.STAGE2 if not one.startswith(dropped)]
     made = Job(folder, inputs["latents"], [*kept, f"global_batch_size={BATCH}", "stage.sampling_steps=2"])
-    with made.started("calm") as driver:
-        assert driver.wait(600) == 0, made.log("calm").read_text()[-5000:]
     yield made
     made.end_all()
+
+
+@pytest.fixture(scope="module")
+def job(begun_job: Job) -> Job:
+    """With the run `calm`, which nothing happened to."""
+    with begun_job.started("calm") as driver:
+        assert driver.wait(600) == 0, begun_job.log("calm").read_text()[-5000:]
+    return begun_job
 
 
 @pytest.fixture(scope="module")

@@ -109,6 +109,21 @@ def test_openais_client_works_end_to_end(client):
     assert client.models.retrieve("r-1").owned_by == "latentray"
 
 
+def test_openais_client_edits_a_picture(client):
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 80).convert("RGB").save(buffer, "PNG")
+    reply = client.images.edit(
+        image=("photo.png", buffer.getvalue()), prompt="a blue square", n=2, extra_body={"seed": 5, "strength": 0.5}
+    )
+    assert pixel(reply.data[0])[:2] == (5, 0) and reply.size == "64x64" and reply.warnings == []
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.images.edit(image=buffer.getvalue(), prompt="x", extra_body={"label": 3})
+    assert caught.value.param == "label"
+    with pytest.raises(openai.APIStatusError) as large:
+        client.images.edit(image=b"x" * (9 << 20), prompt="x")
+    assert large.value.status_code == 413
+
+
 def test_same_seed_same_bytes(client):
     one, two = (client.images.generate(prompt="x", n=2, extra_body={"seed": 9}) for _ in range(2))
     assert [entry.b64_json for entry in one.data] == [entry.b64_json for entry in two.data]

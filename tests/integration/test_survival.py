@@ -17,19 +17,21 @@ EVERY, STEPS = 20, 240
 
 def test_five_kills_cost_one_interval_each_and_no_sample(job) -> None:
     draw = random.Random(5)
-    waits = []
+    waits, lost = [], []
     with job.started("killed") as driver:
         for target in sorted(draw.sample(range(EVERY + 5, STEPS - 30), 5)):
             job.wait_for_step("killed", target, driver)
-            reached = job.steps("killed")[-1]
             draw.choice(job.workers()).kill()
             killed_at = time.monotonic()
+            reached = job.steps("killed")[-1]
             resumed = job.wait_for_resume("killed", len(waits) + 1, driver)
             waits.append(time.monotonic() - killed_at)
-            assert 0 <= reached - resumed <= 2 * EVERY, "one interval, and what was being written"
+            lost.append(max(reached - resumed, 0))  # a checkpoint may be ahead of the lines that were written
+            assert lost[-1] <= 2 * EVERY, "one interval, and what was being written"
         assert driver.wait(900) == 0, job.log("killed").read_text()[-5000:]
     print(
-        f"\nkill to next step: median {statistics.median(waits):.1f} s of {[round(one, 1) for one in waits]} (wanted: 30)"
+        f"\nkill to next step: median {statistics.median(waits):.1f} s of {[round(one, 1) for one in waits]} (wanted: 30); "
+        f"steps done again: {lost} at a checkpoint each {EVERY}"
     )
     assert job.digest("killed") == job.digest("calm")
     assert job.steps("killed") == list(range(1, STEPS + 1)), "every step is logged once"

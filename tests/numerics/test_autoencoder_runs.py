@@ -70,6 +70,7 @@ def folder(stage1: list[str], inputs: dict[str, str], tmp_path_factory: pytest.T
     one = [
         job("vq", *VQ),
         job("decoder", *decoder, "deepspeed=zero1", "precision=bf16"),
+        job("sd3_form", "autoencoder.latent_channels=16", "autoencoder.quant_convolutions=false", "total_samples=16"),
         job("further", f"autoencoder_from={inputs['autoencoder']}", "total_samples=8", "optimizer.lr=1e-12"),
         job("killed", *VQ, die_at=4),
     ]
@@ -139,12 +140,23 @@ def test_a_codebook_of_512_is_used_after_a_short_run_on_shapes(tmp_path):
     assert figures["codebook_perplexity"] > 100
 
 
-def test_diffusion_in_pixels_trains_and_is_drawn_from(inputs, tmp_path):
-    """The identity needs no stage 1: online, exported and sampled as any autoencoder."""
+def test_sd_3s_form_of_sixteen_channels_trains_and_its_scale_and_shift_make_latents_of_spread_one(folder, inputs):
+    made = build.autoencoder_artifact(str(folder / "sd3_form" / "autoencoder"))
+    assert made.config.latent_channels == 16 and not any("quant" in name for name in made.state())
+    pictures = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mean = made.load().encode(pictures).mean_BChw
+    assert mean.shape[1] == 16
+    torch.testing.assert_close(made.scale.restore(made.scale.normalise(mean)), mean)
+    assert made.scale.shift != 0
+
+
+def test_ddpm_in_pixels_trains_and_is_drawn_from(inputs, tmp_path):
+    """The identity needs no stage 1: online, exported and sampled as any autoencoder (Ho et al. 2020)."""
     overrides = [
         *sys.modules["tiny"].STAGE2, f"data={inputs['data']}", "online.enabled=true", "size=16", "stage.latent=mean",
         f"online.text_encoder={inputs['text_encoder']}", "online.flip=true", "autoencoder_from=identity",
         "denoiser.in_channels=3", "denoiser.out_channels=3", "stage.sampling_steps=3", "run=pixels",
+        "objective=epsilon", "objective.schedule=linear", "stage.sampler=ddpm",
         f"out={tmp_path / 'pixels'}",
     ]  # fmt: skip
     run_all(tmp_path, [{"name": "pixels", "overrides": overrides}])
@@ -154,7 +166,7 @@ def test_diffusion_in_pixels_trains_and_is_drawn_from(inputs, tmp_path):
     (drawn,) = made.sample(
         [
             SamplingRequest(
-                prompt="a red circle", steps=2, guidance_scale=1.0, seed=0, height=16, width=16, sampler="ddim"
+                prompt="a red circle", steps=2, guidance_scale=1.0, seed=0, height=16, width=16, sampler="ddpm"
             )
         ]
     )

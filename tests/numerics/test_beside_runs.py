@@ -8,14 +8,17 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from latentray.config import compose
 from latentray.config.evaluate import Evaluate
 from latentray.config.train import Train
+from latentray.data.shards import IndexedShards
 from latentray.errors import ConfigError
-from latentray.evaluation import suite
+from latentray.evaluation import autoencoders, suite
 from latentray.inference.examples import example
 from latentray.inference.sampling import TextToImage
+from latentray.reporting import pictures
 from latentray.training import inputs as checks
 
 
@@ -46,6 +49,19 @@ def test_a_super_resolution_model_draws_from_the_small_picture(runs):
         with pytest.raises(ConfigError) as caught:
             model.check(dataclasses.replace(requests[0], small_HWC=small))
         assert caught.value.where == where
+
+
+@pytest.mark.parametrize("name", ["inpainting", "larger"])
+def test_the_sheet_of_samples_shows_what_each_was_given_and_the_original(runs, inputs, name):
+    sheet = np.asarray(Image.open(next(runs[name].out.rglob("*samples*.png"))).convert("RGB"))
+    first = autoencoders.load_pictures(IndexedShards.open(f"{inputs['data']}/train"), 64, limit=12)[0]
+    original = pictures.enlarged(first, 2)
+    places = [
+        tuple(place)
+        for place in np.argwhere((sheet[64:-63, 64:-63] == original[64, 64]).all(-1))
+        if np.array_equal(sheet[place[0] :, place[1] :][:128, :128], original)
+    ]
+    assert len(places) == 1 and 2 * 128 < places[0][0] < 3 * 128  # below what was given and what was drawn
 
 
 @pytest.mark.parametrize("name", ["inpainting", "larger"])

@@ -26,6 +26,7 @@ CLASSES = ["blue", "green", "red"]
 DENOISERS = {
     "sdxl": ["denoiser=unet_tiny_sdxl", "stage.encoder_dropout=0.4"],
     "sd3": ["denoiser=mmdit_tiny_sd3", "stage.encoder_dropout=0.4"],
+    "refiner": ["denoiser=unet_tiny_sdxl_refiner"],
     "text_and_picture": ["denoiser=unet_tiny_sd1", "denoiser.combine=sequence"],
     "learned": ["denoiser=unet_tiny_sd1", "denoiser.context_layers=1", "denoiser.context_vocabulary=300"],
 }
@@ -75,7 +76,11 @@ def finished(inputs, tmp_path_factory) -> Path:
         *jobs["class"], "denoiser.out_channels=8", "objective=epsilon", "objective.schedule=linear",
         "objective.learned_variance=true", "stage.sampler=ddpm",
     ]  # fmt: skip
+    jobs["sd2"] = [*plain, "denoiser=unet_tiny_sd2", "objective=v", f"latents={inputs['latents']}"]
+    jobs["sd35"] = [*plain, "denoiser=mmdit_tiny_sd35", "objective=flow", f"latents={latents['sd3']}"]
     jobs["sdxl_never"] = [*jobs["sdxl"], "stage.encoder_dropout=0"]
+    jobs["sdxl_zero"] = [*jobs["sdxl"], "stage.zero_when_dropped=true"]
+    jobs["sdxl_on"] = [*jobs["sdxl"], f"denoiser_from={root / 'sdxl_zero' / 'model'}"]
     online = ["online.enabled=true", f"data={data}", f"autoencoder_from={autoencoder}", "online.batch_size=16"]
     online += ["online.text_dtype=float32", f"online.text_encoders=[{','.join(map(tiny.listed, encoders['sdxl']))}]"]
     killed = [*plain, *DENOISERS["sdxl"], *online, "checkpoint_every_samples=16"]
@@ -114,7 +119,19 @@ def test_encoders_are_dropped_each_by_itself(finished):
     assert losses(finished / "sdxl") != losses(finished / "sdxl_never")
 
 
-@pytest.mark.parametrize(("kind", "count"), [("sdxl", 2), ("sd3", 3), ("text_and_picture", 2), ("learned", 1)])
+def test_zeros_that_stood_for_dropped_captions_stand_for_a_missing_negative_prompt(finished):
+    """And so they do in a run that goes on from that model, and says nothing of it."""
+    assert losses(finished / "sdxl") != losses(finished / "sdxl_zero")
+    for name, zero in (("sdxl", False), ("sdxl_zero", True), ("sdxl_on", True)):
+        model = TextToImage.load(str(finished / name / "model"), device="cpu")
+        assert model.model.zero_when_empty is zero
+        assert np.array_equal(drawn(model), drawn(model, negative_prompt="")) is not zero
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [("sdxl", 2), ("sd3", 3), ("sd35", 3), ("sd2", 1), ("refiner", 1), ("text_and_picture", 2), ("learned", 1)],
+)
 def test_the_model_folder_carries_every_encoder_and_draws_what_it_is_told(finished, kind, count):
     model = TextToImage.load(str(finished / kind / "model"), device="cpu")
     assert len(model.model.text_encoders) == count

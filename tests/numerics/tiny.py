@@ -59,17 +59,21 @@ def beside(inputs: dict[str, str]) -> dict[str, list[str]]:
     }
 
 
-def write_pictures(root: Path, split: str, n: int, per_shard: int = 24, *, classes: Sequence[str] = ()) -> str:
-    """Shards of the drawn set, written in this process; the data set's URI. With `classes` their shapes are these."""
+def write_pictures(
+    root: Path, split: str, n: int, per_shard: int = 24, *, classes: Sequence[str] = (), told: str = "shape"
+) -> str:
+    """Shards of the drawn set, written in this process; the data set's URI. With `classes` their shapes, or what else is `told`,
+    are these."""
     folder = root / f"built-{split}"
     folder.mkdir(parents=True)
+    values = sorted({getattr(kind, told) for kind in synthetic.KINDS})
 
     def sample(i: int) -> shards.Sample:
         kind = synthetic.kind_of(split, i)
         buffer = io.BytesIO()
         Image.fromarray(synthetic.draw(kind, 0, i, split=split)).save(buffer, "PNG", compress_level=1)
         caption = synthetic.caption(kind)
-        label = {"label": sorted(synthetic.SHAPES).index(kind.shape) % len(classes)} if classes else {}
+        label = {"label": values.index(getattr(kind, told)) % len(classes)} if classes else {}
         about = json.dumps({"captions": [caption], "width": SIZE, "height": SIZE} | label).encode()
         return shards.Sample(
             key=f"{i:09d}",
@@ -109,6 +113,7 @@ ENCODERS = {
         ("open_clip", "clip_projection", 16, {"layer": 2}),
         ("t5", "t5", 48, {"max_tokens": 9}),
     ],
+    "refiner": [("open_clip", "clip_projection", 16, {"layer": 2})],
     "picture": [("eye", "clip_vision", 16, {})],
     "text_and_picture": [("clip", "clip", 16, {}), ("eye", "clip_vision", 16, {"layer": 2})],
     "learned": [("words", "tokens", 16, {"max_tokens": 10})],

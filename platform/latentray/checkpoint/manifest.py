@@ -139,15 +139,15 @@ def read(uri: str | Path, *, kind: str | None = None) -> Manifest:
         raise _damaged(where, str(error)) from None
     if not isinstance(raw, dict):
         raise _damaged(where, "no JSON object")
+    checksum = raw.pop("checksum", None)
+    if checksum is not None and store.digest_of(raw) != checksum:
+        raise _damaged(where, "it was changed after it was written")
     if raw.get("format") != FORMAT:
         raise ArtifactError(
             f"The manifest has format {raw.get('format')!r}; this version reads format {FORMAT}.",
             where=where,
             mend="Use the version of latentray that wrote it, or make the artifact again.",
         )
-    checksum = raw.pop("checksum", None)
-    if checksum is not None and store.digest_of(raw) != checksum:
-        raise _damaged(where, "it was changed after it was written")
     try:
         recorded = raw.pop("digest")
         files = {name: FileEntry(**entry) for name, entry in raw.pop("files").items()}
@@ -158,7 +158,7 @@ def read(uri: str | Path, *, kind: str | None = None) -> Manifest:
         raise _damaged(where, "it was changed after it was written")
     if kind is not None and manifest.kind != kind:
         raise ArtifactError(
-            f"A {kind} is wanted here, and this is a {manifest.kind}.",
+            f"{'An' if kind[0] in 'aeiou' else 'A'} {kind} is wanted here, and this is a {manifest.kind}.",
             where=str(uri),
             mend="Give the path of another folder.",
         )

@@ -30,6 +30,8 @@ _RETRY = tenacity.retry(
     stop=tenacity.stop_after_attempt(5),
     reraise=True,
 )
+_UNUSABLE = (OSError, ValueError, NotImplementedError)
+"""What a store raises that is out, refuses, or is none: pyarrow's ArrowInvalid is a ValueError, and http cannot be written."""
 
 
 def is_remote(uri: str | Path) -> bool:
@@ -271,6 +273,40 @@ def require_space(uri: str | Path, need_bytes: int) -> None:
             where=str(folder),
             mend="Free some space, or send the output elsewhere with out=<path or s3 URI>.",
         )
+
+
+def require_reachable(uri: str | Path) -> None:
+    """Raise EnvironmentRefused where a URI cannot be looked at: its scheme is not known, its store gives no answer."""
+    try:
+        exists(uri)
+    except _UNUSABLE as error:
+        raise _unusable(uri, error) from None
+
+
+def require_writable(uri: str | Path) -> None:
+    """Raise EnvironmentRefused where nothing can be written below a URI. A small file is written and deleted to see it."""
+    try:
+        if is_remote(uri):
+            filesystem, path = _remote(join(uri, f".probe-{uuid.uuid4().hex[:8]}"))
+            with filesystem.open_output_stream(path) as stream:
+                stream.write(b"probe")
+            filesystem.delete_file(path)
+            return
+        folder = local_path(uri).absolute()
+        while not folder.exists():
+            folder = folder.parent
+        tempfile.TemporaryFile(dir=folder).close()
+    except _UNUSABLE as error:
+        raise _unusable(uri, error) from None
+
+
+def _unusable(uri: str | Path, error: Exception) -> EnvironmentRefused:
+    why = next(iter(str(error).splitlines()), type(error).__name__)
+    return EnvironmentRefused(
+        f"Nothing can be written there: {why}",
+        where=str(uri),
+        mend="Give out=<path or s3 URI> that can be written; `python -m jobs.doctor storage=<it>` tells more.",
+    )
 
 
 def require_readable(uris: Iterable[str | Path]) -> None:

@@ -9,7 +9,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
-from latentray.errors import ArtifactError
+from latentray.errors import ArtifactError, WeightsMismatch
 
 
 def save(path: Path, state: Mapping[str, Tensor]) -> None:
@@ -39,19 +39,19 @@ def _unreadable(path: Path, error: Exception) -> ArtifactError:
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor], *, where: str) -> None:
-    """Load a state dict exactly. Raises ArtifactError naming the first key that differs, both shapes, and how many more."""
+    """Load a state dict exactly. Raises WeightsMismatch naming the first key that differs, both shapes, and how many more."""
     own, given = ({k: tuple(v.shape) for k, v in one.items()} for one in (module.state_dict(), state))
     require_shapes(own, given, where=where)
     module.load_state_dict(dict(state))
 
 
 def require_shapes(own: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], *, where: str) -> None:
-    """Raise ArtifactError as `load_into` does, from the shapes by key that an architecture has, and those it is given."""
+    """Raise WeightsMismatch as `load_into` does, from the shapes by key that an architecture has, and those it is given."""
     wrong = [key for key in own if given.get(key) != own[key]] + [key for key in given if key not in own]
     if wrong:
         key = wrong[0]
         wanted, got = own.get(key, "no such key"), given.get(key, "missing")
-        raise ArtifactError(
+        raise WeightsMismatch(
             f"The weights do not fit the architecture: {key} is {got}, wanted {wanted}; {len(wrong) - 1} more differ.",
             where=where,
             mend="Use the configuration these weights were trained with.",

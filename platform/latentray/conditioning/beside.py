@@ -68,7 +68,9 @@ def super_resolution(small_BCHW: Tensor, latent_hw: Sequence[int]) -> Tensor:
     """(B, 3, h, w): the small picture at the latent's resolution (Saharia et al. 2021, section 2.3, in pixel space)."""
     if tuple(small_BCHW.shape[-2:]) == tuple(latent_hw):
         return small_BCHW
-    return F.interpolate(small_BCHW, list(latent_hw), mode="bilinear", align_corners=False, antialias=True)
+    # In float32: on a CPU there is no antialiasing in half precision.
+    large = F.interpolate(small_BCHW.float(), list(latent_hw), mode="bilinear", align_corners=False, antialias=True)
+    return large.to(small_BCHW.dtype)
 
 
 def of_pictures(

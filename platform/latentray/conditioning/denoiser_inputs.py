@@ -84,7 +84,7 @@ def dropped(given: Conditions, empty: Conditions, all_B: Tensor, each: Sequence[
     """Conditions, some of them replaced by the empty caption and the null class (Ho & Salimans 2022, algorithm 1).
 
     Args:
-        empty: one row: embeddings of the empty caption, and the null class.
+        empty: one row: embeddings of the empty caption, or zeros, and the null class.
         all_B: true where text, by all encoders, and label are dropped.
         each: for each encoder, (B,) true where its embedding alone is dropped.
     """
@@ -97,6 +97,14 @@ def dropped(given: Conditions, empty: Conditions, all_B: Tensor, each: Sequence[
         assert empty.labels_B is not None
         labels = torch.where(all_B, empty.labels_B, labels)
     return dataclasses.replace(given, texts=texts, labels_B=labels)
+
+
+def zeroed(texts: Sequence[TextEmbedding]) -> tuple[TextEmbedding, ...]:
+    """Zeros in place of embeddings: what SDXL's base is told of no prompt, where others are told of the empty one."""
+    return tuple(
+        dataclasses.replace(one, tokens_BLD=torch.zeros_like(one.tokens_BLD), pooled_BD=torch.zeros_like(one.pooled_BD))
+        for one in texts
+    )
 
 
 def size_of(height: int, width: int) -> list[float]:

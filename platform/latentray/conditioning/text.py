@@ -105,7 +105,7 @@ _POOLED = {"clip": "pooler_output", "clip_projection": "text_embeds", "t5": None
 def load(
     source: str, *, name: str = "clip", reading: Reading = Reading(), device: torch.device | str = "cpu"
 ) -> TextEncoder:
-    """A text encoder from a local folder, an artifact's URI or a hub id.
+    """A text encoder from a local folder, an artifact's URI or a hub id, with `@revision` behind it where one is meant.
 
     Raises InputMissing where it is neither a folder nor reachable on the hub, ArtifactError where a file is missing, or the
     model is of another kind, or has fewer layers.
@@ -144,13 +144,24 @@ def digest_at(source: str) -> str | None:
 
 
 def require_files(folder: Path, where: str, files: Sequence[str], *, what: str, mend: str) -> list[str]:
-    """The files, those that are there; `*_config.json` of a tokenizer may be missing. Raises ArtifactError for another."""
+    """The files, those that are there; `*_config.json` of a tokenizer may be missing.
+
+    Raises ArtifactError for another, and for weights that are pickled.
+    """
     missing = [name for name in files if name != FILES[3] and not (folder / name).is_file()]
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    if FILES[1] in missing and pickles:
+        raise ArtifactError(
+            f"The {what}'s weights are a pickle, {pickles[0]}: reading it can run any code, so it is not read.",
+            where=where,
+            mend="Convert it where you trust it: load it with transformers, and save it with "
+            "save_pretrained(folder, safe_serialization=True).",
+        )
     if missing:
         raise ArtifactError(
             f"The {what} lacks {', '.join(missing)}.",
             where=where,
-            mend=f"Give a folder saved with save_pretrained ({mend}).",
+            mend=f"Give a folder saved with save_pretrained ({mend}); pickles (pytorch_model.bin) are not read.",
         )
     return [name for name in files if (folder / name).is_file()]
 
@@ -200,17 +211,14 @@ def local_folder(source: str) -> Path:
     if source.count("/") > 1 or source.startswith((".", "/")) or store.is_remote(source):
         raise InputMissing("The text encoder's folder is not there.", where=source, mend="Check text_encoder.source.")
     import huggingface_hub
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    id_, _, revision = source.partition("@")
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                source,
+                id_,
+                revision=revision or None,
                 allow_patterns=[
                     *FILES,
                     _SHARDS,
@@ -221,7 +229,7 @@ def local_folder(source: str) -> Path:
                 ],
             )
         )
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, OSError) as error:  # no network and not in the cache is an OSError too
         raise InputMissing(
             f"The text encoder is no local folder, and the hub did not give it ({type(error).__name__}).",
             where=source,

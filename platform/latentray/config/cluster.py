@@ -47,8 +47,13 @@ class ClusterConfig:
                 where="cluster.min_workers",
                 mend="Set it between 1 and cluster.workers, or to null.",
             )
-        if self.resize_every_s <= 0:
-            raise ConfigError("It must be above 0.", where="cluster.resize_every_s", mend="Set it to 60, say.")
+        for key in ("resize_every_s", "collective_timeout_s"):
+            if getattr(self, key) <= 0:
+                raise ConfigError("It must be above 0.", where=f"cluster.{key}", mend="Set it to 60, say.")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(
+                "A worker has one thread at least.", where="cluster.threads", mend="Raise it, or set it to null."
+            )
         if self.device not in ("auto", "cuda", "cpu"):
             raise ConfigError(
                 f"There is no device {self.device!r}.", where="cluster.device", mend="Use auto, cuda or cpu."

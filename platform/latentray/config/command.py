@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from latentray.config import compose, describe
-from latentray.errors import LatentrayError, Stopped
+from latentray.errors import Interrupted, LatentrayError, Stopped
 
 Schema = TypeVar("Schema")
 
@@ -19,6 +19,8 @@ USER_MISTAKE = 2
 """Exit code for a mistake of the user's and for a refused gate."""
 STOPPED = 143
 """Exit code of a run that was asked to stop and can be resumed: what a shell gives to SIGTERM."""
+INTERRUPTED = 130
+"""Exit code of what Ctrl-C ended: what a shell gives to SIGINT."""
 
 
 def run(name: str, schema: type[Schema], call: Callable[[Schema], Any], argv: Sequence[str] | None = None) -> int:
@@ -32,22 +34,22 @@ def run(name: str, schema: type[Schema], call: Callable[[Schema], Any], argv: Se
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
     try:
         if "--help" in args or "-h" in args:
-            _help(name, schema, call, out)
+            _help(name, schema, call, out, [a for a in args if a not in ("--help", "-h")])
             return 0
         if "--cfg" in args:
             out.print(compose.to_yaml(compose.compose(name, [a for a in args if a != "--cfg"])), markup=False)
             return 0
         call(compose.load(name, schema, args))
         return 0
-    except Stopped as error:
+    except (Stopped, Interrupted) as error:
         err.print(f"{error.what}\n  resume it with: {error.mend}", markup=False, soft_wrap=True)
-        return STOPPED
+        return STOPPED if isinstance(error, Stopped) else INTERRUPTED
     except LatentrayError as error:
         err.print(f"error: {error}", markup=False, soft_wrap=True)
         return USER_MISTAKE
     except KeyboardInterrupt:
         err.print("interrupted", markup=False)
-        return 130
+        return INTERRUPTED
     except Exception as error:
         known = known_cause(error)
         if known is None:
@@ -87,14 +89,14 @@ def known_cause(error: BaseException) -> LatentrayError | None:
     return None
 
 
-def _help(name: str, schema: type, call: Callable, out: Console) -> None:
+def _help(name: str, schema: type, call: Callable, out: Console, overrides: Sequence[str]) -> None:
     def show(text: str) -> None:
         out.print(text, markup=False, soft_wrap=True)  # a command that is cut in two cannot be pasted
 
     module = sys.modules.get("__main__")
     show(((module and module.__doc__) or call.__doc__ or "").strip())
     show(f"\nSettings (override as key=value; defaults from conf/{name}.yaml):\n")
-    show(describe.settings(compose.to_plain(compose.compose(name)), schema))
+    show(describe.settings(compose.to_plain(compose.compose(name, overrides)), schema))
     groups = compose.groups_of(name)
     if groups:
         show("\nGroups (override as group=name):")

@@ -61,7 +61,7 @@ def compose(name: str, overrides: Sequence[str] = ()) -> DictConfig:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             plain = hydra_compose(name, overrides=_choices(overrides))
             _refuse_unknown(overrides, plain)
-            cfg = hydra_compose(name, overrides=list(overrides))
+            cfg = hydra_compose(name, overrides=[_freed(one, plain) for one in overrides])
             OmegaConf.resolve(cfg)
             return cfg
     except HydraException as error:
@@ -167,15 +167,18 @@ def _choices(overrides: Sequence[str]) -> list[str]:
     return [o.input_line for o in parsed if o.input_line and o.value() in taken.get(o.key_or_group, ())]
 
 
+def _freed(override: str, plain: DictConfig) -> str:
+    """The override; where it is of an open mapping or below one, with Hydra's word for keys that are new."""
+    parsed = OverridesParser.create().parse_override(override)
+    told = parsed.is_add() or parsed.is_force_add() or parsed.is_delete()
+    return f"++{override}" if not told and _is_free(plain, parsed.key_or_group) else override
+
+
 def _is_free(plain: DictConfig, key: str) -> bool:
-    """True below a mapping that is declared open, such as `deepspeed.extra`: an empty dict takes any key."""
-    parent = key.rsplit(".", 1)[0] if "." in key else None
-    while parent:
-        node = OmegaConf.select(plain, parent, default=None)
-        if isinstance(node, DictConfig) and len(node) == 0:
-            return True
-        parent = parent.rsplit(".", 1)[0] if "." in parent else None
-    return False
+    """True for a mapping that is declared open, such as `deepspeed.extra`, and below it: an empty dict takes any key."""
+    parts = key.split(".")
+    nodes = (OmegaConf.select(plain, ".".join(parts[: i + 1]), default=None) for i in range(len(parts)))
+    return any(isinstance(node, DictConfig) and len(node) == 0 for node in nodes)
 
 
 def _unknown(key: str, known: set[str]) -> ConfigError:

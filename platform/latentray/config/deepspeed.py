@@ -66,6 +66,40 @@ _COMPILE = (
     "sync_before_allgather sync_after_allgather keep_int_input_tensors keep_all_input_tensors passes"
 )
 
+KINDS: dict[str, dict[str, type]] = {
+    "": {
+        "dataloader_drop_last": bool,
+        "disable_allgather": bool,
+        "disable_python_gc": bool,
+        "dump_state": bool,
+        "memory_breakdown": bool,
+        "prescale_gradients": bool,
+        "steps_per_print": int,
+        "vocabulary_size": int,
+        "wall_clock_breakdown": bool,
+        "zero_allow_untested_optimizer": bool,
+        "zero_force_ds_cpu_optimizer": bool,
+    },
+    "activation_checkpointing": {
+        "partition_activations": bool,
+        "contiguous_memory_optimization": bool,
+        "cpu_checkpointing": bool,
+        "number_checkpoints": int,
+        "synchronize_checkpoint_boundary": bool,
+        "profile": bool,
+    },
+    "aio": {
+        "block_size": int,
+        "queue_depth": int,
+        "intra_op_parallelism": int,
+        "single_submit": bool,
+        "overlap_events": bool,
+        "use_gds": bool,
+    },
+}
+"""Of values that DeepSpeed takes unseen: block -> its keys, and what each is; without a block those that are in none."""
+_WANTED = {int: "a whole number", bool: "true or false"}
+
 BLOCKS: dict[str, tuple[str, ...] | None] = {
     "zero_optimization": tuple(_ZERO.split()),
     "zero_optimization.offload_optimizer": tuple(_OFFLOAD_OPTIMIZER.split()),
@@ -88,8 +122,8 @@ BLOCKS: dict[str, tuple[str, ...] | None] = {
         "detailed",
         "output_file",
     ),
-    "activation_checkpointing": None,
-    "aio": None,
+    "activation_checkpointing": tuple(KINDS["activation_checkpointing"]),
+    "aio": tuple(KINDS["aio"]),
     "autotuning": None,
     "checkpoint": None,
     "comet": None,
@@ -224,6 +258,9 @@ def _require_known(path: str, given: Mapping[str, Any]) -> None:
                 where=f"deepspeed.extra.{where}",
                 mend=f"Did you mean {near[0]}?" if near else "Remove it.",
             )
+        kind = KINDS.get(path, {}).get(key)
+        if kind is not None and value is not None and type(value) is not kind:
+            raise ConfigError(f"{where} is {value!r}.", where=f"deepspeed.extra.{where}", mend=f"Give {_WANTED[kind]}.")
         if where in BLOCKS and BLOCKS[where] is not None and value is not None:
             if not isinstance(value, Mapping):
                 raise ConfigError(

@@ -6,16 +6,18 @@ import dataclasses
 
 from latentray.errors import ConfigError
 
-FAMILIES = ("unet", "mmdit", "video", "policy")
+FAMILIES = ("unet", "mmdit", "video", "policy", "classifier")
+POOLINGS = ("attention", "mean")
 COMBINATIONS = ("one", "sdxl", "sd3", "sequence")
 
 
 @dataclasses.dataclass(kw_only=True)
 class DenoiserConfig:
-    """A U-Net in Stable Diffusion's layout (SD 1, SD 2, SDXL), one with layers over time, or an MMDiT (SD 3, SD 3.5)."""
+    """A U-Net in Stable Diffusion's layout (SD 1, SD 2, SDXL), one with layers over time, an MMDiT (SD 3, SD 3.5) or a policy; or
+    the classifier of noisy latents that guides one of them."""
 
     family: str = "unet"
-    """unet, mmdit, video (a U-Net with layers over time) or policy."""
+    """unet, mmdit, video (a U-Net with layers over time) or policy; with stage=classifier classifier, a U-Net's downward half."""
     in_channels: int = 4
     """Channels of the latent that goes in."""
     out_channels: int = 4
@@ -55,7 +57,8 @@ class DenoiserConfig:
     size_width: int = 256
     """U-Net: width of the Fourier features of each of these numbers."""
     classes: int | None = None
-    """U-Net: class labels 0 ... classes-1 beside the null class, whose number is `classes`; null for none."""
+    """U-Net: class labels 0 ... classes-1 beside the null class, whose number is `classes`; null for none. Classifier: those it
+    tells apart."""
 
     context_layers: int = 0
     """U-Net: blocks of a text encoder that is trained with it (the first LDM: 32), over what an encoder of kind tokens gives;
@@ -98,6 +101,9 @@ class DenoiserConfig:
     kernel: int = 5
     """Policy: steps that a convolution spans."""
 
+    pool: str = "attention"
+    """Classifier: attention or mean, over all pixels."""
+
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise ConfigError(
@@ -116,6 +122,7 @@ class DenoiserConfig:
             "mmdit": self._check_mmdit,
             "video": self._check_video,
             "policy": self._check_policy,
+            "classifier": self._check_classifier,
         }
         checks[self.family]()
 
@@ -135,11 +142,13 @@ class DenoiserConfig:
                     where=f"denoiser.{field}",
                     mend="Give one number per entry of denoiser.channels.",
                 )
-        if sum(one is not None for one in (self.heads, self.head_dim, self.level_heads)) != 1:
+        of_heads = [field for field in ("head_dim", "level_heads", "heads") if getattr(self, field) is not None]
+        if len(of_heads) != 1:
+            told = " and ".join(f"{field}={getattr(self, field)}" for field in of_heads) or "none of them"
             raise ConfigError(
-                "One of heads, head_dim and level_heads is wanted.",
-                where="denoiser.heads",
-                mend="Set the others to null.",
+                f"One of heads, head_dim and level_heads is wanted, not {told}.",
+                where=f"denoiser.{(of_heads or ['heads'])[0]}",
+                mend="Set one of them, and the others to null.",
             )
         for field, number in (("channels", self.channels[0]), ("size_width", self.size_width)):
             if number % 2:
@@ -155,11 +164,12 @@ class DenoiserConfig:
                     where="denoiser.channels",
                     mend="Choose multiples of denoiser.groups.",
                 )
-            if width % (self.level_heads[level] if self.level_heads else self.heads or self.head_dim or 1):
+            number = self.level_heads[level] if self.level_heads else self.heads or self.head_dim or 1
+            if width % number:
                 raise ConfigError(
-                    f"{width} channels do not divide into the heads.",
-                    where="denoiser.level_heads" if self.level_heads else "denoiser.heads",
-                    mend="Change heads, head_dim or level_heads.",
+                    f"{width} channels do not divide into {f'heads of {number}' if self.head_dim else f'{number} heads'}.",
+                    where=f"denoiser.{of_heads[0]}",
+                    mend="Choose a divisor of every level's channels.",
                 )
 
         self._check_context()
@@ -275,6 +285,21 @@ class DenoiserConfig:
                 mend=f"Choose a multiple of {halvings}.",
             )
 
+    def _check_classifier(self) -> None:
+        self._check_unet()
+        for refused, field, what, mend in (
+            (self.pool not in POOLINGS, "pool", f"There is no pooling {self.pool!r}.", f"Known: {', '.join(POOLINGS)}."),
+            (self.classes is None, "classes", "A classifier tells classes apart.", "Set it to their number."),
+            (self.reads_text or self.context_layers > 0, "context_width", "A classifier reads latents alone.",
+             "Set context_width and pooled_width to null, and context_layers to 0."),
+            (self.size_numbers > 0, "size_numbers", "A classifier takes no size numbers.", "Set it to 0."),
+            (self.pool == "attention" and self.channels[-1] % 4 > 0, "channels",
+             f"{self.channels[-1]} channels do not tell row and column by sines and cosines.",
+             "Make the last a multiple of 4, or set denoiser.pool=mean."),
+        ):  # fmt: skip
+            if refused:
+                raise ConfigError(what, where=f"denoiser.{field}", mend=mend)
+
     def _require_at_least(self, field: str, least: int) -> None:
         value = getattr(self, field)
         numbers = value if isinstance(value, list) else [] if value is None else [value]
@@ -296,7 +321,7 @@ class DenoiserConfig:
         wanted = {
             "pooled": self.pooled_width is not None,
             "size": self.size_numbers > 0,
-            "labels": self.classes is not None,
+            "labels": self.classes is not None and self.family != "classifier",
             "observations": self.observation_width is not None,
         }
         return tuple(name for name, is_read in wanted.items() if is_read)

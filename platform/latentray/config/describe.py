@@ -14,7 +14,7 @@ import yaml
 
 
 def settings(values: Mapping[str, Any], schema: type) -> str:
-    """YAML of `values`, each key under a comment with its docstring's text; groups are indented as usual."""
+    """YAML of `values`, each key under a comment with its docstring's text; groups are indented, and stand last."""
     return "\n".join(_lines(values, schema))
 
 
@@ -22,15 +22,19 @@ def _lines(values: Mapping[str, Any], schema: type | None) -> list[str]:
     meanings = docstrings(schema) if schema is not None else {}
     kinds = typing.get_type_hints(schema) if schema is not None else {}
     lines: list[str] = []
-    for key, value in values.items():
+    for key, value in sorted(values.items(), key=lambda item: _is_group(item[1])):
         if key in meanings:
             lines.append(f"# {meanings[key]}")
-        if isinstance(value, Mapping) and value:
+        if _is_group(value):
             lines.append(f"{key}:")
             lines += textwrap.indent("\n".join(_lines(value, _dataclass_of(kinds.get(key)))), "  ").splitlines()
         else:
             lines += yaml.safe_dump({key: value}, default_flow_style=False, sort_keys=False, width=10**6).splitlines()
     return lines
+
+
+def _is_group(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value)
 
 
 def _dataclass_of(kind: Any) -> type | None:

@@ -17,11 +17,12 @@ class Evaluate:
     """standard: the report that promotion reads. failures: the four known failures, each beside its remedy. clips, policy: that
     report for a model of clips, for a policy."""
     model: str | None = None
-    """The model folder (of stage 2) or a release, a path or URI."""
+    """The model folder (of stage 2) or a release, a path or URI; or a pipeline's folder in diffusers' layout, or its hub id
+    `owner/name`, with `@revision` behind it."""
     data: str | None = None
     """What build_shards wrote (train/ and validation/ below); a policy's scenes are built in."""
     out: str | None = None
-    """Where the report goes; null is `report` beside the model."""
+    """Where the report goes; null is `report` beside the model, of one that others made runs/<its name>/report."""
     samples: int = 1024
     """Pictures drawn for FID and KID, with captions of the validation pictures."""
     heldout_samples: int = 512

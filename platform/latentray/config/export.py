@@ -23,7 +23,8 @@ class Export:
     pin: bool = True
     """Keep the checkpoint: retention does not remove it any more."""
     model: str | None = None
-    """Or a model's or a release's folder, path or URI; with `registry`, an alias or a release id."""
+    """Or a model's or a release's folder, path or URI, or what others made: a folder in diffusers' layout, a single file, a hub
+    id; with `registry`, an alias or a release id."""
     registry: str | None = None
     """The registry `model` is looked up in."""
     to: str = "weights"

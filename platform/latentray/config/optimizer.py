@@ -67,6 +67,12 @@ class OptimizerConfig:
                 where="optimizer",
                 mend="Raise it.",
             )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(
+                f"The decays {self.betas} are not below 1.", where="optimizer.betas", mend="Choose from 0 to below 1."
+            )
+        if self.eps < 0:
+            raise ConfigError("It is negative.", where="optimizer.eps", mend="Choose 0 or more.")
         if self.decay not in DECAYS:
             raise ConfigError(
                 f"There is no decay {self.decay!r}.", where="optimizer.decay", mend=f"Known: {', '.join(DECAYS)}."

@@ -54,7 +54,19 @@ class PlanConfig(Train):
             raise ConfigError("A price is not negative.", where="price_per_gpu_hour", mend="Give 0 or more.")
         if self.workers < 1:
             raise ConfigError("At least one GPU is wanted.", where="gpus", mend="Raise gpus.")
+        self._check_size()
         self.require_divisible(self.workers)
+
+    def _check_size(self) -> None:
+        """As stage 1 and `buckets` check their own: other latents are planned as those of squares of `size`."""
+        factor = self.autoencoder.downsampling
+        of_pictures = self.stage.name != "autoencoder" and self.denoiser.family != "policy"
+        if of_pictures and not self.buckets.sizes and self.size % factor:
+            raise ConfigError(
+                f"Pictures of {self.size} pixels do not divide by the autoencoder's factor {factor}.",
+                where="size",
+                mend=f"Choose a multiple of {factor}.",
+            )
 
     @property
     def workers(self) -> int:

@@ -65,7 +65,8 @@ class PrecomputeLatents:
     data: str | None = None
     """What build_shards wrote (train/ and validation/ below)."""
     autoencoder_from: str | None = None
-    """The autoencoder's artifact, a path or URI."""
+    """The autoencoder's artifact, a path or URI; or a folder in diffusers' layout, of a pipeline or an AutoencoderKL alone, or a
+    hub id of one: `owner/name`, with `@revision` behind it. What is made of these lies below `out`."""
     out: str | None = None
     """Where the latents go (train/ and validation/ below)."""
     reuse: str | None = None

@@ -52,7 +52,7 @@ class PromoteConfig:
     """`python -m jobs.promote`"""
 
     model: str
-    """URI of the model's folder."""
+    """URI of the model's folder; or what was evaluated: a pipeline's folder in diffusers' layout, or its hub id."""
     report: str
     """URI of its evaluation report: the report's folder, or a report.json."""
     registry: str = "runs/registry"

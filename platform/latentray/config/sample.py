@@ -10,7 +10,7 @@ from latentray.config.bounds import check_guidance
 from latentray.errors import ConfigError
 
 OUTPUTS = (".png", ".webp", ".mp4")
-COMPARISONS = ("none", "sampler", "guidance", "steps")
+COMPARISONS = ("none", "sampler", "guidance", "steps", "classifier")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -18,7 +18,8 @@ class Sample:
     """Draw pictures or clips from a release or a model folder, in the shell."""
 
     release: str | None = None
-    """A release's or a model's folder, path or URI; with `registry`, an alias or a release id."""
+    """A release's or a model's folder, path or URI; or a pipeline's folder in diffusers' layout, or its hub id `owner/name`, with
+    `@revision` behind it. With `registry`, an alias or a release id."""
     registry: str | None = None
     """The registry `release` is looked up in."""
     prompt: str | None = None
@@ -30,8 +31,13 @@ class Sample:
     like: str | None = None
     """Models with a vision encoder: a picture to draw variations of; a prompt may be left out then."""
     label: str | None = None
-    """Models of classes: the class to draw, its number or its name; a prompt may be left out then."""
-    negative_prompt: str = ""
+    """Models of classes, or with a classifier: the class to draw, its number or its name; a prompt may be left out then."""
+    classifier: str | None = None
+    """What jobs.train stage=classifier made, on the latents and noise levels of the model: it draws to the label."""
+    classifier_scale: float | None = None
+    """How strongly (Dhariwal & Nichol 2021); null is 1 with a classifier, more draws what is typical of the class."""
+    negative_prompt: str | None = None
+    """What guidance leads away from; null for nothing: the empty caption, or zeros for a model that learnt so (SDXL's base)."""
     n: int = 4
     """Pictures of each prompt; their seeds are seed, seed + 1, ..."""
     seed: int = 0
@@ -70,12 +76,13 @@ class Sample:
     mask: str | None = None
     """A picture whose light part is painted anew; the rest stays as it is."""
     refiner: str | None = None
-    """A second model that takes over at the noise level `refine_at`."""
+    """A second model that takes over at the noise level `refine_at`; named as `release` is."""
     refine_at: float = 0.2
     compare: str = "none"
-    """none; or a sheet over samplers, guidance scales or step counts."""
+    """none; or a sheet over samplers (sampler), guidance scales (guidance), step counts (steps) or scales of the classifier
+    (classifier)."""
     compare_values: list[float] = dataclasses.field(default_factory=list)
-    """The guidance scales or step counts of the sheet; empty for usual ones."""
+    """The scales or step counts of the sheet; empty for usual ones."""
     batch_size: int = 16
     out: str = "samples.png"
     """The file to write; it says how it was drawn. Pictures: a PNG. Clips: an animated sheet, .png, .webp, or .mp4 where
@@ -83,6 +90,8 @@ class Sample:
     device: str = "auto"
     offload: bool = False
     """Less memory, more time: each part of the model is on the device for its turn alone, and pictures are decoded in strips."""
+    compile: bool = False
+    """The denoiser by torch.compile: the first step takes a minute or more, all others less; for many pictures on a GPU."""
 
     def __post_init__(self) -> None:
         if not self.release:
@@ -109,6 +118,7 @@ class Sample:
             rescale_share=self.guidance_rescale,
             interval=self.interval,
         )
+        self._check_classifier()
         if self.size is not None and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.size):
             raise ConfigError(f"size is {self.size!r}.", where="size", mend="Write width x height, such as 96x64.")
         if self.refiner is not None and self.picture is not None:
@@ -121,9 +131,9 @@ class Sample:
             raise ConfigError("A sheet compares one prompt.", where="prompts", mend="Give prompt='...' instead.")
         if self.mask is not None and self.picture is None:
             raise ConfigError("A mask belongs to a picture.", where="picture", mend="Add picture=<file>.")
-        if self.compare_values and self.compare not in ("guidance", "steps"):
+        if self.compare_values and self.compare not in ("guidance", "steps", "classifier"):
             raise ConfigError(
-                "Values are compared only with compare=guidance or compare=steps.",
+                "Values are compared only with compare=guidance, steps or classifier.",
                 where="compare_values",
                 mend="Add the one that is meant.",
             )
@@ -135,6 +145,28 @@ class Sample:
             raise ConfigError(
                 f"{self.out} is neither a picture nor a clip.", where="out", mend=f"End it in {', '.join(OUTPUTS)}."
             )
+
+    def _check_classifier(self) -> None:
+        scale = self.classifier_scale
+        for refused, where, what, mend in (
+            (scale is not None and (not math.isfinite(scale) or scale < 0), "classifier_scale", f"It is {scale}.",
+             "Choose 0 or more; 0 is none."),
+            (self.classifier is None and (scale is not None or self.compare == "classifier"), "classifier",
+             "No classifier is named.", "Add classifier=<what stage=classifier made>."),
+            (self.classifier is not None and self.label is None, "label", "A classifier draws to a class.",
+             "Add label=<its number or name>."),
+            (self.classifier is not None and self.refiner is not None, "refiner",
+             "A classifier guides one model, not a refiner besides.", "Leave out one of the two."),
+        ):  # fmt: skip
+            if refused:
+                raise ConfigError(what, where=where, mend=mend)
+
+    @property
+    def pull(self) -> float:
+        """The scale of classifier guidance; 0 without a classifier."""
+        if self.classifier is None:
+            return 0.0
+        return 1.0 if self.classifier_scale is None else self.classifier_scale
 
     @property
     def interval(self) -> tuple[float, float]:

@@ -21,7 +21,8 @@ class ServeConfig:
     follow_s: float = 10.0
     """Seconds between looks at the alias by `jobs.serve`, which puts what was promoted in service; 0: never look."""
     release: str | None = None
-    """URI of a release (or a trained model) to serve directly, without the registry."""
+    """URI of a release (or a trained model) to serve directly, without the registry; on a cluster of its own also a pipeline's
+    folder in diffusers' layout, or its hub id `owner/name`, with `@revision` behind it."""
     model_name: str = "latentray"
     """Name clients may give as `model`; the release id and the alias are understood as well."""
 
@@ -50,6 +51,11 @@ class ServeConfig:
     """Torch threads of a replica; None leaves torch's and Ray's own choice."""
     device: str = "auto"
     """Device of the sampler: auto, cpu, cuda."""
+    offload: bool = False
+    """Less GPU memory, more time: each part of the model is on the device for its turn alone; pictures are decoded in strips."""
+
+    compile: bool = False
+    """The denoiser by torch.compile: a replica takes minutes longer to start, and draws faster on a GPU."""
 
     max_batch_size: int = 8
     """Most pictures in one sampling call."""
@@ -65,15 +71,16 @@ class ServeConfig:
     """Requests that may wait for a replica, per ingress; beyond it the answer is 429."""
     request_timeout_s: float = 120.0
     """Seconds after which a request is given up with 504."""
-    max_body_bytes: int = 262144
-    """Largest request body; beyond it the answer is 413."""
+    max_body_bytes: int = 8388608
+    """Largest request body, the pictures in it included; beyond it the answer is 413."""
 
     address: str | None = None
     """Ray cluster to deploy to; None starts one on this machine."""
     start_timeout_s: float = 300.0
     """Seconds the endpoint may take to become ready."""
     loader: str = "latentray.inference.sampling:TextToImage.load"
-    """Import path of the call `(uri, device=...)` that loads a release; another one serves another family of models."""
+    """Import path of the call `(uri, device=..., offload=..., compile=...)` that loads a release; another serves another
+    family."""
 
     def __post_init__(self) -> None:
         _positive(

@@ -37,7 +37,7 @@ class TextEncoderConfig:
     name: str = "clip"
     """Name of the encoder in latent records: `text.<name>.tokens`, of pictures `image.<name>.tokens`."""
     source: str = "openai/clip-vit-large-patch14"
-    """A local folder, an artifact's URI, or a hub id."""
+    """A local folder, an artifact's URI, or a hub id `owner/name`, with `@revision` behind it where one is meant."""
     kind: str = "clip"
     """clip (CLIPTextModel; its pooled text is the last token's), clip_projection (CLIPTextModelWithProjection; the pooled text is
     projected: OpenCLIP's, and both of SD 3's) or t5 (T5EncoderModel; no pooled text); clip_vision (CLIPVisionModelWithProjection)

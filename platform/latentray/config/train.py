@@ -1,8 +1,9 @@
-"""Settings of `python -m jobs.train`, for both stages."""
+"""Settings of `python -m jobs.train`, for every stage."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from latentray.config.autoencoder import AutoencoderConfig
 from latentray.config.beside import BesideConfig
@@ -18,12 +19,17 @@ from latentray.config.policy import PolicyConfig
 from latentray.config.tracking import TrackingConfig
 from latentray.errors import ConfigError
 
-STAGES = ("autoencoder", "diffusion")
+STAGES = ("autoencoder", "diffusion", "classifier")
 PRECISIONS = ("fp32", "bf16", "autocast")
 LATENTS = ("mean", "draw")
 RECONSTRUCTIONS = ("l1", "l2")
 LPIPS_NETS = ("vgg", "alex")
 TRAINED = ("all", "decoder")
+_LEAST = {
+    "total_samples": 1, "global_batch_size": 1, "size": 1, "ema_half_life_samples": 1, "keep_checkpoints": 1,
+    "log_every_samples": 1, "checkpoint_every_samples": 0, "loader_workers": 0,
+}  # fmt: skip
+"""Setting -> the least it may be."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -48,6 +54,8 @@ class LpipsConfig:
                 where="stage.lpips.net",
                 mend=f"Known: {', '.join(LPIPS_NETS)}.",
             )
+        if self.weights is not None:
+            self.weights = str(Path(self.weights).expanduser().absolute())  # workers start in folders of their own
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -100,7 +108,7 @@ class StageConfig:
     """Which stage, and what belongs to it alone."""
 
     name: str = "diffusion"
-    """autoencoder or diffusion."""
+    """autoencoder, diffusion, or classifier: of noisy latents, to guide a denoiser by."""
     reconstruction: str = "l1"
     """Stage 1: l1 or l2."""
     kl_weight: float = 1e-6
@@ -111,11 +119,14 @@ class StageConfig:
     lpips: LpipsConfig = dataclasses.field(default_factory=LpipsConfig)
     discriminator: DiscriminatorConfig = dataclasses.field(default_factory=DiscriminatorConfig)
     latent: str = "mean"
-    """Stage 2: take the posterior's mean, or draw from it."""
+    """Stage 2 and classifiers: take the posterior's mean, or draw from it."""
     caption_dropout: float = 0.1
     """Stage 2: share of samples trained on the empty caption, for classifier-free guidance."""
     encoder_dropout: float = 0.0
     """Stage 2: share of samples in which a text encoder, each by itself, embeds the empty caption besides (SD 3: 0.464)."""
+    zero_when_dropped: bool | None = None
+    """Stage 2: zeros take the empty caption's place (SDXL's base), here and where the model is given no negative prompt; null
+    does as the model of denoiser_from, and false without one."""
     sampler: str = "dpmpp_2m"
     """Stage 2: default sampler of the model; also draws the grids logged during training."""
     sampling_steps: int = 30
@@ -149,7 +160,7 @@ class ResumeConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class Train:
-    """Train an autoencoder on pictures, or a denoiser on latents: stored ones, or pictures encoded as it goes."""
+    """Train an autoencoder on pictures, or a denoiser or a classifier on latents: stored ones, or pictures encoded as it goes."""
 
     stage: StageConfig = dataclasses.field(default_factory=StageConfig)
     autoencoder: AutoencoderConfig = dataclasses.field(default_factory=AutoencoderConfig)
@@ -165,10 +176,11 @@ class Train:
     """Stage 2: the folder or URI that precompute_latents wrote (with train/ and validation/ below)."""
     autoencoder_from: str | None = None
     """Stage 1: an artifact whose weights it begins with. Stage 2: the autoencoder's artifact, or `identity` for pixels; null
-    takes the one the latents name. Its fingerprint must be the latents'."""
+    takes the one the latents name. Its fingerprint must be the latents'. An artifact may be a folder in diffusers' layout too,
+    of a pipeline or an AutoencoderKL alone, or a hub id of one: `owner/name`, with `@revision` behind it."""
     denoiser_from: str | None = None
-    """Stage 2: the model folder whose denoiser this one goes on from, an image model's for a video denoiser too; null
-    begins afresh."""
+    """Stage 2: the model folder whose denoiser this one goes on from, an image model's for a video denoiser too; or a pipeline's
+    folder in diffusers' layout, or its hub id; null begins afresh."""
     online: OnlineConfig = dataclasses.field(default_factory=OnlineConfig)
     policy: PolicyConfig = dataclasses.field(default_factory=PolicyConfig)
     beside: BesideConfig = dataclasses.field(default_factory=BesideConfig)
@@ -223,9 +235,13 @@ class Train:
             )
         self.optimizer.require_stage(self.deepspeed.zero_stage, offloaded=self.deepspeed.offload_optimizer != "none")
         self.deepspeed.require_agreement(clip=self.optimizer.clip, precision=self.precision)
-        for key in ("total_samples", "global_batch_size", "size", "ema_half_life_samples", "keep_checkpoints"):
-            if getattr(self, key) < 1:
-                raise ConfigError("It must be at least 1.", where=key, mend=f"Raise {key}.")
+        for key, least in _LEAST.items():
+            if getattr(self, key) < least:
+                raise ConfigError(f"It must be at least {least}.", where=key, mend=f"Raise {key}.")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise ConfigError(
+                "A worker takes one sample at least.", where="micro_batch_size", mend="Raise it, or set it to null."
+            )
         if self.total_samples < self.global_batch_size:
             raise ConfigError(
                 f"{self.total_samples} samples are less than one batch of {self.global_batch_size}.",
@@ -250,7 +266,14 @@ class Train:
                 where="order.streams",
                 mend="Use a divisor of global_batch_size, or null for one stream per slot.",
             )
+        self._check_family()
         self._check_denoiser_from()
+        if self.stage.zero_when_dropped and (self.denoiser.context_layers or not self.denoiser.reads_text):
+            raise ConfigError(
+                "Zeros take the place of a caption's embeddings, and this denoiser reads none.",
+                where="stage.zero_when_dropped",
+                mend="Leave it out.",
+            )
         if self.reads_episodes:
             self._check_policy()
         if self.mixture.of and (self.data or self.latents):
@@ -272,9 +295,24 @@ class Train:
         if self.cluster.kind == "ray":
             self.require_divisible(self.cluster.workers)
 
+    def _check_family(self) -> None:
+        classifies, family = self.stage.name == "classifier", self.denoiser.family
+        for refused, where, what, mend in (
+            (classifies and family != "classifier", "denoiser.family",
+             f"A classifier is trained, and the network is of the family {family}.", "Add denoiser=classifier_f8, say."),
+            (self.stage.name == "diffusion" and family == "classifier", "stage.name",
+             "The network is a classifier, and denoises nothing.", "Add stage=classifier, or give another denoiser."),
+            (classifies and self.beside.kind != "none", "beside.kind", "A classifier sees latents alone.",
+             "Set it to none."),
+            (classifies and self.objective.schedule == "unnoised", "objective.schedule",
+             "Without noise and signal there is nothing to classify.", "Give the denoiser's objective."),
+        ):  # fmt: skip
+            if refused:
+                raise ConfigError(what, where=where, mend=mend)
+
     def _check_denoiser_from(self) -> None:
         if self.denoiser_from is not None and self.stage.name != "diffusion":
-            raise ConfigError("Stage 1 has no denoiser.", where="denoiser_from", mend="Leave it out.")
+            raise ConfigError("Only a denoiser goes on from a model's.", where="denoiser_from", mend="Leave it out.")
         frozen = self.stage.name == "diffusion" and self.denoiser.train_only_temporal
         if frozen and self.denoiser.family == "video" and self.denoiser_from is None:
             raise ConfigError(
@@ -296,9 +334,9 @@ class Train:
                 raise ConfigError(what, where=where, mend=mend)
 
     def _check_online(self) -> None:
-        if self.stage.name != "diffusion":
+        if self.stage.name == "autoencoder":
             raise ConfigError(
-                "Stage 1 reads pictures by itself.", where="online.enabled", mend="Set it with stage=diffusion only."
+                "Stage 1 reads pictures by itself.", where="online.enabled", mend="Set it with another stage only."
             )
         if self.denoiser.family == "video":
             raise ConfigError(

@@ -14,7 +14,7 @@ from latentray.conditioning.encoders import Encoder, ImageEncoder, load_configur
 from latentray.conditioning.images import Preprocessing
 from latentray.config.precompute_latents import PrecomputeLatents
 from latentray.config.text_encoder import TextEncoderConfig
-from latentray.data import kinds, members
+from latentray.data import clips, kinds, members
 from latentray.data.latent_plan import Ints, Shapes
 from latentray.data.latent_sources import Window, only_texts
 from latentray.data.shards import IndexedShards
@@ -63,7 +63,25 @@ def window(config: PrecomputeLatents, sources: Sequence[IndexedShards]) -> Windo
             where="clip.fps",
             mend="Set clip.fps=8, say.",
         )
-    return Window(frames=wanted.frames, fps=rates[0] if wanted.fps is None else wanted.fps)
+    found_window = Window(frames=wanted.frames, fps=rates[0] if wanted.fps is None else wanted.fps)
+    _require_some_long_enough(found_window, sources)
+    return found_window
+
+
+def _require_some_long_enough(window: Window, sources: Sequence[IndexedShards]) -> None:
+    """Raise ConfigError where by the indexes no clip is so long; some that are too short are rejected one by one."""
+    for source in sources:
+        if not {"frames", "fps"} <= set(source.columns):
+            return
+        lengths, rates = source.index.numbers("frames"), source.index.numbers("fps")
+        if not clips.too_short(lengths, rates, frames=window.frames, fps=window.fps).all():
+            return
+    raise ConfigError(
+        f"No clip is long enough for {window.frames} frames at {window.fps:g} per second: they are"
+        f"{_told(sources, 'frames', ' of {} frames')}{_told(sources, 'fps', ' at {} per second')}.",
+        where="clip.frames",
+        mend="Lower clip.frames, or raise clip.fps, which repeats frames.",
+    )
 
 
 def _different(sources: Sequence[IndexedShards], column: str) -> list[float]:

@@ -67,6 +67,12 @@ def precompute(config: PrecomputeLatents) -> list[str]:
     return [one.uri for stores in plan.stores for one in stores]
 
 
+def check(config: PrecomputeLatents) -> None:
+    """Raise as `precompute` does before Ray starts, with nothing written."""
+    with store.staging() as scratch:
+        latent_job.plan(config, scratch)
+
+
 def _print_estimate(config: PrecomputeLatents, plan: latent_job.Plan) -> None:
     left = [part for one in plan.work for part in one.left]
     new = [part for part in left if not len(part.older)]

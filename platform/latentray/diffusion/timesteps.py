@@ -11,6 +11,7 @@ from latentray.config.objective import ObjectiveConfig
 from latentray.diffusion.schedules import TIME_PER_LOG_SIGMA, AnySchedule, DiscreteVP, Unnoised, VarianceExploding
 
 _EDGE = 1e-5
+_COMPARED, _SAME = 256, 1e-6
 
 
 def from_uniform(config: ObjectiveConfig, schedule: AnySchedule, u_B: Tensor) -> Tensor:
@@ -75,6 +76,33 @@ def fixed(schedule: AnySchedule, count: int = 8) -> Tensor:
         low, high = math.log(schedule.sigma_min), math.log(schedule.sigma_max)
         return TIME_PER_LOG_SIGMA * (low + u * (high - low))
     return u * schedule.timesteps
+
+
+THIRDS = ("low", "middle", "high")
+"""Of a schedule's range of timesteps, from the least noise on."""
+
+
+def third(schedule: AnySchedule, t_B: Tensor) -> Tensor:
+    """(B,) int64: the number of the third that each timestep lies in."""
+    if isinstance(schedule, Unnoised):
+        return torch.zeros_like(t_B, dtype=torch.int64)
+    share = t_B.double() / schedule.timesteps
+    if isinstance(schedule, VarianceExploding):
+        low, high = math.log(schedule.sigma_min), math.log(schedule.sigma_max)
+        share = (t_B.double() / TIME_PER_LOG_SIGMA - low) / (high - low)
+    return (len(THIRDS) * share).long().clamp(0, len(THIRDS) - 1)
+
+
+def same_levels(schedule: AnySchedule, other: AnySchedule) -> bool:
+    """Whether two schedules make the same of a latent at each timestep: what a network of one and a network of the other see.
+
+    A flow's shift decides which timesteps are visited, and not what they mean.
+    """
+    t, other_t = fixed(schedule, _COMPARED), fixed(other, _COMPARED)
+    if type(schedule) is not type(other) or not torch.equal(t, other_t):
+        return False
+    here, there = (torch.stack(one.alpha_sigma(t)) for one in (schedule, other))
+    return torch.allclose(here, there, rtol=0.0, atol=_SAME)
 
 
 def weights(config: ObjectiveConfig, alpha_B: Tensor, sigma_B: Tensor) -> Tensor:

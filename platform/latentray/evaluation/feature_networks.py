@@ -109,7 +109,7 @@ def inception(weights_path: str | Path) -> FeatureNetwork:
         net = FeatureExtractorInceptionV3("latentray", ["2048"], feature_extractor_weights_path=str(path))
     except Exception as error:  # torch.load and load_state_dict raise half a dozen unrelated types
         raise ArtifactError(
-            f"The file holds no weights of torch-fidelity's Inception: {str(error).splitlines()[0]}",
+            f"The file holds no weights of torch-fidelity's Inception, or more than tensors ({type(error).__name__}).",
             where=str(path),
             mend="Use weights-inception-2015-12-05-6726825d.pth as torch-fidelity publishes it.",
         ) from None

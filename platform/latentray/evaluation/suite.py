@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -17,7 +18,7 @@ from latentray.data import sample_facts, synthetic
 from latentray.data.shards import IndexedShards
 from latentray.errors import ConfigError
 from latentray.evaluation import autoencoders, feature_networks, heldout, metrics, pixel_checker
-from latentray.inference.examples import example
+from latentray.inference.examples import example, smaller
 from latentray.inference.sampling import TextToImage
 from latentray.randomness import Purpose, mix
 from latentray.registry.report import EvaluationReport, FeatureNetworkId, SamplerSettings
@@ -91,13 +92,23 @@ def evaluate(config: Evaluate) -> str:
     with store.staging() as folder:
         (folder / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n")
         shown = autoencoders.spread(len(wanted), 54)
-        grid = pictures.grid([drawn[i] for i in shown], columns=9, scale=1, captions=[wanted[i] for i in shown])
+        grid = _sheet(model, drawn[shown], [wanted[i] for i in shown], originals[shown] if model.makes_larger else None)
         pictures.save_png(grid, folder / "samples.png", {"sampler": settings.sampler, "steps": str(settings.steps)})
         inputs = {"model": listing.digest, "dataset": validation.manifest.digest}
         manifest.publish(folder, out, kind="report", inputs=inputs, config=compose.to_dict(config), replace=True)
     _print(report, out)
     print(f"Next: python -m jobs.promote model={model_uri} report={out} gates={'shapes' if is_shapes else 'default'}")
     return out
+
+
+def _sheet(model: TextToImage, drawn: np.ndarray, captions: Sequence[str], originals: np.ndarray | None) -> Image.Image:
+    """Pictures over their captions; of a super-resolution model between the small ones and the originals."""
+    factor = model.makes_larger
+    if originals is None:
+        return pictures.grid(drawn, columns=9, captions=captions)
+    small = [pictures.enlarged(smaller(model, one, factor), factor) for one in originals]
+    rows: dict[str, pictures.Row] = {"given": small, "drawn": drawn, "original": originals}
+    return pictures.stacked(rows, columns=9, captions=captions)
 
 
 def draw(

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
+import dataclasses
 
+import numpy as np
+from PIL import Image
+
+from latentray import randomness
 from latentray.conditioning import beside
 from latentray.inference.requests import SamplingRequest
 from latentray.inference.sampling import TextToImage
+from latentray.randomness import Purpose
+from latentray.reporting import pictures
 
 
 def example(
@@ -45,6 +51,37 @@ def example(
         small_HWC=small,
         like_HWC=original_HWC if model.takes_like else None,
     )
+
+
+def repair(
+    model: TextToImage, prompt: str, original_HWC: np.ndarray, *, seed: int, label: int | None = None
+) -> SamplingRequest:
+    """A request to bring back a picture of which the model is given the small form, or all but what a mask covers.
+
+    The mask is one of those it was trained on; arguments as `example` has them.
+    """
+    asked = example(model, prompt, seed=seed, label=label, original_HWC=original_HWC)
+    if not model.takes_mask:
+        return asked
+    keys = randomness.keys_from_seeds([seed], Purpose.MASK)
+    mask = beside.masks(keys, model.size, model.size)[0, 0].numpy() > 0
+    return dataclasses.replace(asked, picture_HWC=original_HWC, mask_HW=mask)
+
+
+def given(asked: SamplingRequest) -> dict[str, np.ndarray]:
+    """The pictures that a request starts from, by what a sheet calls them, uint8 and no larger than what is drawn."""
+    found = {}
+    if asked.picture_HWC is not None:
+        mask = asked.mask_HW
+        found["given"] = asked.picture_HWC if mask is None else pictures.veiled(asked.picture_HWC, mask)
+    if asked.small_HWC is not None:
+        height, width = asked.small_HWC.shape[:2]
+        found[f"given: {width}x{height}"] = pictures.enlarged(asked.small_HWC, max(asked.height // height, 1))
+    if asked.like_HWC is not None:
+        like = Image.fromarray(asked.like_HWC)
+        like.thumbnail((asked.width, asked.height))
+        found["like"] = np.asarray(like)
+    return found
 
 
 def smaller(model: TextToImage, pixels_HWC: np.ndarray, factor: int) -> np.ndarray:

@@ -25,7 +25,7 @@ class Guided:
         self.learned: variance.LearnedNoise | None = None
         sizes = [size_of(r.height, r.width) for r in requests]
         channels = editing.channels(model, requests, edits)
-        labels = [r.label for r in requests]
+        labels = None if model.classes is None else [r.label for r in requests]
         likes = [r.like_HWC for r in requests]
         self.positive = model.told(
             [r.prompt for r in requests], sizes, labels=labels, likes=likes, channels_BChw=channels

@@ -65,6 +65,10 @@ class Model:
     fps: float = 0.0
     classes: tuple[str, ...] = ()
     """Names of the class labels, in their order; none where they have no names."""
+    zero_when_empty: bool = False
+    """Where no negative prompt is given, its embeddings are zeros (SDXL's base), not those of the empty caption."""
+    latents: str = ""
+    """Fingerprint of the latents that its autoencoder encodes: what a classifier must belong to, too."""
 
 
 def write(
@@ -83,8 +87,14 @@ def write(
     frames: int = 0,
     fps: float = 0.0,
     classes: Sequence[str] = (),
+    zero_when_empty: bool = False,
+    latents: str | None = None,
 ) -> None:
-    """Write a model folder's files locally, ready for `manifest.publish(kind="model")`."""
+    """Write a model folder's files locally, ready for `manifest.publish(kind="model")`.
+
+    Args:
+        latents: the fingerprint of what the autoencoder encodes, where it is known and need not be worked out.
+    """
     for encoder in text_encoders:
         into = folder / "text_encoders" / encoder.name
         into.mkdir(parents=True)
@@ -104,6 +114,8 @@ def write(
         "sampling": dataclasses.asdict(defaults),
         "size": size,
         "beside": dataclasses.asdict(beside or BesideConfig()),
+        "zero_when_empty": zero_when_empty,
+        "latents": latents or build.fingerprint_of(autoencoder_config, weights.read(autoencoder_weights), scale),
     } | ({"frames": frames, "fps": fps} if frames else {})
     if denoiser_config.classes is not None and classes:
         config["classes"] = list(classes)
@@ -137,12 +149,11 @@ def load(uri: str) -> Model:
         )
     described = dict(config["autoencoder"])
     scale = LatentScale(shift=described.pop("shift"), scale=described.pop("scale"))
+    of_autoencoder, state = AutoencoderConfig(**described), weights.read(files["autoencoder.safetensors"])
     listed = config["text_encoders"] if config["format"] == FORMAT else [config["text_encoder"]]
     return Model(
         digest=found.digest,
-        autoencoder=build.autoencoder(
-            AutoencoderConfig(**described), weights.read(files["autoencoder.safetensors"]), where=uri
-        ),
+        autoencoder=build.autoencoder(of_autoencoder, state, where=uri),
         scale=scale,
         denoiser=build.denoiser(
             DenoiserConfig(**config["denoiser"]), weights.read(files["denoiser.safetensors"]), where=uri
@@ -155,6 +166,8 @@ def load(uri: str) -> Model:
         frames=config.get("frames", 0),
         fps=config.get("fps", 0.0),
         classes=tuple(config.get("classes", ())),
+        zero_when_empty=config.get("zero_when_empty", False),
+        latents=config.get("latents") or build.fingerprint_of(of_autoencoder, state, scale),
     )
 
 

@@ -22,9 +22,10 @@ class SamplingRequest:
     """
 
     prompt: str
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
+    """What guidance leads away from; None where nobody says: the empty caption, or zeros for a model that learnt so."""
     label: int | None = None
-    """The class to draw, for models of classes; None is the null class."""
+    """The class to draw, for models of classes, or with a classifier; None is the null class."""
     like_HWC: np.ndarray | None = None
     """A picture to draw variations of, uint8 RGB of any size, for models with a vision encoder."""
     steps: int
@@ -64,6 +65,12 @@ class SamplingRequest:
 
     def __post_init__(self) -> None:
         check_guidance(self.guidance_scale, rescale_share=self.guidance_rescale, interval=self.guidance_interval)
+        if not math.isfinite(self.classifier_scale) or self.classifier_scale < 0:
+            raise ConfigError(
+                f"classifier_scale is {self.classifier_scale}.",
+                where="classifier_scale",
+                mend="Choose 0 or more; 0 is none.",
+            )
         wanted = (self.height, self.width)
         if self.frames < 0:
             raise ConfigError(f"A clip of {self.frames} frames.", where="frames", mend="Choose 1 or more.")

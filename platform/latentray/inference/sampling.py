@@ -13,13 +13,14 @@ from torch import Tensor
 
 from latentray import build, randomness
 from latentray.conditioning import beside, images
-from latentray.conditioning.denoiser_inputs import Told, told
+from latentray.conditioning.denoiser_inputs import Told, told, zeroed
 from latentray.conditioning.encoders import CaptionEncoder, ImageEncoder
 from latentray.diffusion import guidance, samplers, schedules, variance
 from latentray.diffusion.executor import Slots, Table
 from latentray.diffusion.schedules import RectifiedFlow
 from latentray.errors import ConfigError
 from latentray.inference import editing, model_folder
+from latentray.inference.classifier_folder import LatentClassifier
 from latentray.inference.guided import Guided
 from latentray.inference.model_folder import Model, SamplingDefaults
 from latentray.inference.placement import Placement
@@ -40,10 +41,17 @@ class TextToImage:
     """
 
     def __init__(
-        self, model: Model, *, device: str = "auto", dtype: torch.dtype | None = None, offload: bool = False
+        self,
+        model: Model,
+        *,
+        device: str = "auto",
+        dtype: torch.dtype | None = None,
+        offload: bool = False,
+        compile: bool = False,
     ) -> None:
         """
         Args:
+            compile: by torch.compile, the denoiser: the first steps of a new size take minutes, all others less time.
             offload: keep each part on the device for its turn alone, and decode in strips (`models.tiling`): less memory, more
                 time.
         """
@@ -56,15 +64,20 @@ class TextToImage:
         layout = torch.channels_last if self.dtype == torch.bfloat16 else torch.contiguous_format
         self.denoiser = model.denoiser.to(self.dtype, memory_format=layout)
         self.autoencoder = model.autoencoder.to(self.dtype)
+        if compile:
+            build.require_compiler()
+            self.denoiser.compile(fullgraph=True)
         self.placement.place(self.denoiser, self.autoencoder, *(one.model for one in model.text_encoders))
         self.classifier: guidance.Classifier | None = None
         """Of noisy latents, for requests with a `classifier_scale`; set by whoever has one."""
+        self.guide: LatentClassifier | None = None
+        """That classifier, where it is one that was trained (`guide_by`)."""
         self._embeddings: collections.OrderedDict[str, tuple[TextEmbedding, ...]] = collections.OrderedDict()
 
     @classmethod
-    def load(cls, uri: str, *, device: str = "auto", offload: bool = False) -> TextToImage:
+    def load(cls, uri: str, *, device: str = "auto", offload: bool = False, compile: bool = False) -> TextToImage:
         """Load a model or release folder, verified by its manifest."""
-        return cls(model_folder.load(uri), device=device, offload=offload)
+        return cls(model_folder.load(uri), device=device, offload=offload, compile=compile)
 
     @property
     def defaults(self) -> SamplingDefaults:
@@ -100,9 +113,23 @@ class TextToImage:
         """Theirs, in their order; none where they have no names."""
         return self.model.classes
 
+    @property
+    def labels(self) -> tuple[int | None, tuple[str, ...]]:
+        """How many classes a request may name, and their names: the model's own, else those of the classifier that guides it."""
+        if self.classes is None and self.guide is not None:
+            return self.guide.classes, self.guide.class_names
+        return self.classes, self.class_names
+
     def name_of(self, label: int) -> str:
         """Of a class, or its number where it has no name."""
-        return self.class_names[label] if 0 <= label < len(self.class_names) else str(label)
+        names = self.labels[1]
+        return names[label] if 0 <= label < len(names) else str(label)
+
+    def guide_by(self, classifier: LatentClassifier) -> None:
+        """Let requests be drawn to their classes by a classifier. Raises as its `require_for` for one of another model."""
+        classifier.require_for(self.model)
+        self.placement.place(classifier.network)
+        self.classifier = self.guide = classifier
 
     @property
     def downsampling(self) -> int:
@@ -147,8 +174,7 @@ class TextToImage:
 
     def check(self, request: SamplingRequest) -> None:
         """Raises ConfigError, as `sample` would, without drawing."""
-        if request.label is not None:
-            label_of(request.label, self.classes)
+        self._require_label(request)
         self._require_like([request.like_HWC])
         self._require_classifier(request)
         self._latent_shape([request])
@@ -172,6 +198,7 @@ class TextToImage:
         """
         shape = self._latent_shape(requests)
         for request in requests:
+            self._require_label(request)
             self._require_classifier(request)
         edits = editing.encode_all(self, requests)
         tables = [self._table(r, start, stop) for r in requests]
@@ -194,7 +221,8 @@ class TextToImage:
             drawn = randomness.normal(keys, shape)
             return drawn if guided.learned is None else guided.learned.widened(drawn, rows, row)
 
-        with self.placement.at_work(self.denoiser):
+        guides = [] if self.guide is None else [self.guide.network]
+        with self.placement.at_work(self.denoiser, *guides):
             while active := slots.unfinished():
                 now = [scales[i][slots.row(i)] for i in active]
                 slots.advance(active, functools.partial(guided, scales=now, active=active), fresh_noise)
@@ -322,11 +350,12 @@ class TextToImage:
         return [one for one in self.model.text_encoders if not isinstance(one, ImageEncoder)]
 
     def embed(
-        self, prompts: Sequence[str], likes: Sequence[np.ndarray | None] | None = None
+        self, prompts: Sequence[str | None], likes: Sequence[np.ndarray | None] | None = None
     ) -> tuple[TextEmbedding, ...]:
         """Embeddings by each encoder: of prompts, each distinct one encoded once and kept for the next request, or of pictures.
 
         Args:
+            prompts: None where none is given: as the empty one is embedded, or zeros where the model learnt so.
             likes: what vision encoders are shown, None for nothing.
         """
         read = iter(self._read(prompts))
@@ -346,18 +375,26 @@ class TextToImage:
             rows |= {key: embedded.rows(slice(i, i + 1)) for i, key in enumerate(different)}
         return TextEmbedding.joined([rows[id(one)] for one in likes])
 
-    def _read(self, prompts: Sequence[str]) -> list[TextEmbedding]:
+    def _read(self, prompts: Sequence[str | None]) -> list[TextEmbedding]:
         encoders = self._readers
-        missing = sorted({p for p in prompts if p not in self._embeddings})
+        missing = sorted({p or "" for p in prompts} - self._embeddings.keys())
         if missing:
             with self.placement.at_work(*(encoder.model for encoder in encoders)):
                 embedded = [encoder.embed(missing) for encoder in encoders]
             for i, prompt in enumerate(missing):
                 self._embeddings[prompt] = tuple(one.rows(slice(i, i + 1)) for one in embedded)
-        kept = [self._embeddings[p] for p in prompts]
+        kept = [self._kept(p) for p in prompts]
         while len(self._embeddings) > 4096:
             self._embeddings.popitem(last=False)
         return [TextEmbedding.joined([one[i] for one in kept]) for i in range(len(encoders))]
+
+    def _kept(self, prompt: str | None) -> tuple[TextEmbedding, ...]:
+        found = self._embeddings[prompt or ""]
+        return zeroed(found) if prompt is None and self.model.zero_when_empty else found
+
+    def _require_label(self, request: SamplingRequest) -> None:
+        if request.label is not None:
+            label_of(request.label, self.labels[0])
 
     def _require_classifier(self, request: SamplingRequest) -> None:
         if not request.classifier_scale:
@@ -381,7 +418,7 @@ class TextToImage:
 
     def told(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | None],
         sizes: Sequence[Sequence[float]],
         *,
         labels: Sequence[int | None] | None = None,
@@ -391,6 +428,7 @@ class TextToImage:
         """What the denoiser is told of pictures to draw: worked out once, and used in every step.
 
         Args:
+            prompts: None where none is given (see `embed`).
             sizes: the six numbers of each (`size_of`).
             labels: the class of each, None for none in particular; of models of classes alone.
             likes: pictures to draw variations of, None for none; of models with a vision encoder alone.

@@ -21,6 +21,8 @@ _SIZES = {"original_size_as_tuple": 2, "crop_coords_top_left": 2, "target_size_a
 """SDXL's conditions besides text -> how many numbers each is."""
 _DEFAULT_RESOLUTION = 256
 """Of the autoencoder in every published YAML; that of SD 2 with v-prediction says image_size 64 of a model for 768 pixels."""
+_EMPTY = "legacy_ucg_value"
+"""sgm's word for what a dropped caption is replaced by; without it, its embedding is multiplied by zero."""
 _EMBEDDER = "sgm.modules.encoders.modules."
 _UNET = "ldm.modules.diffusionmodules.openaimodel"
 
@@ -37,6 +39,7 @@ class Told:
     timesteps: int | None = None
     scale: float | None = None
     latent_size: int | None = None
+    zero_when_empty: bool | None = None
 
 
 def beside(path: Path) -> Path | None:
@@ -80,6 +83,7 @@ def read(path: Path) -> Told:
         latent_size=None
         if prediction == "v" and _resolution(params) == _DEFAULT_RESOLUTION
         else params.get("image_size"),
+        zero_when_empty=False if any(_EMPTY in one for one in _embedders_of(params)) else None,
     )
 
 
@@ -115,6 +119,9 @@ def write(pipeline: Pipeline) -> str:
     scalings = {ours: theirs for theirs, ours in _SCALINGS.items()}
     if objective.prediction not in scalings:
         raise _unsayable("objective.prediction", objective.prediction)
+    if pipeline.zero_when_empty and config.size_numbers == 5:
+        # The refiner's published YAML says as little of it as the base's, and the refiner reads the empty caption.
+        raise _unsayable("stage.zero_when_dropped", True)
     network |= {"adm_in_channels": (config.pooled_width or 0) + config.size_numbers * config.size_width}
     network |= {"num_classes": "sequential"}
     denoiser = {
@@ -160,6 +167,9 @@ def _network(config: DenoiserConfig) -> dict[str, Any]:
 
 
 def _first_stage(config: AutoencoderConfig, size: int) -> dict[str, Any]:
+    for field in ("attention", "quant_convolutions"):
+        if not getattr(config, field):
+            raise _unsayable(f"autoencoder.{field}", False)
     layout = {
         "double_z": True,
         "z_channels": config.latent_channels,
@@ -186,9 +196,11 @@ def _embedders(pipeline: Pipeline) -> list[dict[str, Any]]:
     config = pipeline.denoiser
     clip = _made(f"{_EMBEDDER}FrozenCLIPEmbedder", {"layer": "hidden", "layer_idx": 11})
     large = {"arch": "ViT-bigG-14", "layer": "penultimate", "always_return_pooled": True, "legacy": False}
-    found = [{"input_key": "txt", **_made(f"{_EMBEDDER}FrozenOpenCLIPEmbedder2", large)}]
+    found = [_made(f"{_EMBEDDER}FrozenOpenCLIPEmbedder2", large)]
     if len(pipeline.encoders) == 2:
-        found.insert(0, {"input_key": "txt", **clip})
+        found.insert(0, clip)
+    dropped = {} if pipeline.zero_when_empty else {_EMPTY: ""}
+    found = [{"input_key": "txt", **dropped, **one} for one in found]
     names = ["original_size_as_tuple", "crop_coords_top_left"]
     names.append("aesthetic_score" if config.size_numbers == 5 else "target_size_as_tuple")
     numbers = _made(f"{_EMBEDDER}ConcatTimestepEmbedderND", {"outdim": config.size_width})
@@ -196,12 +208,15 @@ def _embedders(pipeline: Pipeline) -> list[dict[str, Any]]:
 
 
 def _sizes(params: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    conditioner = params.get("conditioner_config") or {}
-    models = (conditioner.get("params") or {}).get("emb_models") or []
-    told = [one for one in models if one.get("input_key") in _SIZES]
+    told = [one for one in _embedders_of(params) if one.get("input_key") in _SIZES]
     if not told:
         return None, None
     return sum(_SIZES[one["input_key"]] for one in told), int(told[0]["params"]["outdim"])
+
+
+def _embedders_of(params: Mapping[str, Any]) -> list[dict[str, Any]]:
+    conditioner = params.get("conditioner_config") or {}
+    return (conditioner.get("params") or {}).get("emb_models") or []
 
 
 def _prediction(params: Mapping[str, Any], path: Path) -> str | None:

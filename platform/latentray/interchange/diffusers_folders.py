@@ -16,7 +16,7 @@ from latentray.checkpoint import interop_autoencoders, interop_denoisers, schedu
 from latentray.checkpoint.foreign_layout import State
 from latentray.config.denoiser import DenoiserConfig
 from latentray.errors import ConfigError, InputMissing
-from latentray.interchange import encoders, fitting, folders, layouts
+from latentray.interchange import diffusers_autoencoders, encoders, fitting, folders, layouts
 from latentray.interchange.encoders import Encoder
 from latentray.interchange.layouts import Layout, Pipeline
 from latentray.models.autoencoder import LatentScale
@@ -24,6 +24,14 @@ from latentray.models.autoencoder import LatentScale
 _VERSION = "0.30.0"
 """Of diffusers, whose settings are written."""
 _NOT_OURS = ("safety_checker", "feature_extractor", "image_encoder")
+_ZEROS = "force_zeros_for_empty_prompt"
+"""SDXL's: whether zeros stand for a negative prompt that is not given. diffusers takes it for true where nothing is said."""
+_UNFIT = {
+    "unet": ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
+    "transformer": ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"),
+}
+"""Schedulers that a pipeline cannot draw with: a U-Net's asks them for `init_noise_sigma`, which those of flow matching lack;
+SD 3's does not scale what its network reads, as Euler's and Heun's want."""
 _DENOISER_CLASSES = {"unet": "UNet2DConditionModel", "transformer": "SD3Transformer2DModel"}
 
 
@@ -54,20 +62,19 @@ def read(folder: Path, *, variant: str | None = None, where: str) -> Pipeline:
     objective, solver = schedulers.from_diffusers(folders.read_json(folder / "scheduler" / "scheduler_config.json"))
     described = folders.read_json(folder / layout.denoiser / "config.json")
     denoiser, denoiser_state = _read_denoiser(layout, described, _weights(folder, layout.denoiser, variant))
-    autoencoder = _read_autoencoder(folder, variant)
-    sample_size = described.get("sample_size")
+    autoencoder = diffusers_autoencoders.of_pipeline(folder, layout, variant=variant)
     pipeline = Pipeline(
         layout=layout,
         denoiser=denoiser,
         denoiser_state=denoiser_state,
         autoencoder=autoencoder.config,
         autoencoder_state=autoencoder.state,
-        # The pipelines of SD 1, SD 2 and SDXL do not look at a shift.
-        scale=LatentScale(shift=autoencoder.shift if layout.name == "sd3" else 0.0, scale=autoencoder.scale),
+        scale=LatentScale(shift=autoencoder.shift, scale=autoencoder.scale),
         encoders=tuple(_read_encoder(folder, slot, variant) for slot in layout.slots),
         objective=objective,
         solver=solver,
-        size=int(sample_size) * autoencoder.config.downsampling if isinstance(sample_size, int) else autoencoder.size,
+        size=autoencoder.size,
+        zero_when_empty=layout.may_zero and bool(index.get(_ZEROS, True)),
     )
     fitting.require(pipeline, where=where)
     return pipeline
@@ -84,6 +91,12 @@ def write(pipeline: Pipeline, folder: Path, *, sampler: str) -> str:
     layout = pipeline.layout
     name = layouts.class_of(pipeline)
     scheduler = schedulers.to_diffusers(pipeline.objective, sampler)
+    if scheduler["_class_name"] in _UNFIT[layout.denoiser]:
+        raise ConfigError(
+            f"{name} does not draw with the {scheduler['_class_name']}, which walks as {sampler!r} does.",
+            where="sampler",
+            mend="Choose dpmpp_2m, say.",
+        )
     denoiser, denoiser_state = _described_denoiser(pipeline)
     autoencoder, autoencoder_state = _described_autoencoder(pipeline)
     index: dict[str, Any] = {"_class_name": name, "_diffusers_version": _VERSION}
@@ -102,6 +115,8 @@ def write(pipeline: Pipeline, folder: Path, *, sampler: str) -> str:
     for slot, encoder in zip(layout.slots, pipeline.encoders, strict=True):
         classes = encoders.write_theirs(encoder, folder / slot.model, folder / slot.tokenizer)
         index |= {slot.model: ["transformers", classes[0]], slot.tokenizer: ["transformers", classes[1]]}
+    if layout.may_zero:
+        index[_ZEROS] = pipeline.zero_when_empty
     _write_json(folder / folders.INDEX, index | _lacking(layout))
     return name
 
@@ -111,11 +126,10 @@ def _lacking(layout: Layout) -> dict[str, Any]:
     nothing = [None, None]
     if layout.name == "sd":
         return dict.fromkeys(_NOT_OURS, nothing) | {"requires_safety_checker": False}
-    if layout.name == "sdxl":  # an empty prompt is embedded here, not replaced by zeros
-        return dict.fromkeys(_NOT_OURS[1:], nothing) | {"force_zeros_for_empty_prompt": False}
+    if layout.name == "sdxl":
+        return dict.fromkeys(_NOT_OURS[1:], nothing)
     if layout.name == "sdxl_refiner":
-        absent = {"text_encoder": nothing, "tokenizer": nothing}
-        return absent | {"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False}
+        return {"text_encoder": nothing, "tokenizer": nothing, "requires_aesthetics_score": True}
     return {}
 
 
@@ -139,12 +153,6 @@ def _described_denoiser(pipeline: Pipeline) -> tuple[dict[str, Any], State]:
         described, state = interop_denoisers.to_diffusers_unet(pipeline.denoiser, pipeline.denoiser_state)
         described["sample_size"] = pipeline.size // pipeline.autoencoder.downsampling
     return {"_class_name": name, "_diffusers_version": _VERSION} | described, state
-
-
-def _read_autoencoder(folder: Path, variant: str | None) -> interop_autoencoders.ReadAutoencoder:
-    described = folders.read_json(folder / "vae" / "config.json")
-    _require_class(described, "AutoencoderKL", "vae")
-    return interop_autoencoders.from_diffusers_kl(described, _weights(folder, "vae", variant))
 
 
 def _described_autoencoder(pipeline: Pipeline) -> tuple[dict[str, Any], State]:

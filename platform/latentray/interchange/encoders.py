@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from latentray.checkpoint import weights
 from latentray.checkpoint.foreign_layout import State
 from latentray.conditioning import text
-from latentray.errors import ArtifactError
+from latentray.errors import ArtifactError, WeightsMismatch
 from latentray.interchange import folders, tokenizer_files
 from latentray.models import torchvision_ops
 
@@ -97,13 +97,13 @@ def require_fit(encoder: Encoder, *, where: str) -> None:
 
 
 def require_shapes(own: Mapping[str, Tensor], state: Mapping[str, Tensor], *, where: str) -> None:
-    """Raise ArtifactError naming the first key that differs, both shapes, and how many more; without loading anything."""
+    """Raise WeightsMismatch naming the first key that differs, both shapes, and how many more; without loading anything."""
     shapes = {key: tuple(value.shape) for key, value in own.items()}
     found = {key: tuple(value.shape) for key, value in state.items()}
     wrong = [key for key in shapes if found.get(key) != shapes[key]] + [key for key in found if key not in shapes]
     if wrong:
         key = wrong[0]
-        raise ArtifactError(
+        raise WeightsMismatch(
             f"The weights do not fit the architecture: {key} is {found.get(key, 'missing')}, wanted "
             f"{shapes.get(key, 'no such key')}; {len(wrong) - 1} more differ.",
             where=where,

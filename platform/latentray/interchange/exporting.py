@@ -12,7 +12,7 @@ from latentray.checkpoint import manifest, store
 from latentray.checkpoint.manifest import Manifest
 from latentray.config import compose
 from latentray.config.export import Export
-from latentray.interchange import diffusers_folders, model_folders, single_file
+from latentray.interchange import diffusers_folders, model_folders, resolving, single_file
 from latentray.interchange.layouts import Pipeline
 from latentray.registry import card, report, versions
 from latentray.registry.card import Handout
@@ -33,9 +33,12 @@ def export(config: Export) -> str:
     AlreadyExists where `out` holds an artifact; nothing is written then.
     """
     assert config.model is not None and config.out is not None
-    uri = versions.resolve(config.registry, config.model)[1] if config.registry else store.absolute(config.model)
     out = store.absolute(config.out)
     manifest.refuse_existing(out)
+    if config.registry:
+        uri = versions.resolve(config.registry, config.model)[1]
+    else:
+        uri = store.absolute(resolving.artifact(config.model, "model", setting="model"))
     with store.staging() as scratch:
         (scratch / "read").mkdir()
         found, pipeline, defaults = model_folders.read(uri, scratch / "read")

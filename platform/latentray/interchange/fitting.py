@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from latentray import build
 from latentray.checkpoint import weights
 from latentray.checkpoint.foreign_layout import State
+from latentray.config.autoencoder import AutoencoderConfig
 from latentray.errors import ConfigError
 from latentray.interchange import encoders
 from latentray.interchange.layouts import Pipeline
@@ -24,9 +25,14 @@ def require(pipeline: Pipeline, *, where: str) -> None:
     """
     _require_widths(pipeline)
     _require_weights(lambda: build.denoiser(pipeline.denoiser), pipeline.denoiser_state, f"{where} (denoiser)")
-    _require_weights(lambda: build.autoencoder(pipeline.autoencoder), pipeline.autoencoder_state, f"{where} (vae)")
+    require_autoencoder(pipeline.autoencoder, pipeline.autoencoder_state, where=f"{where} (vae)")
     for encoder in pipeline.encoders:
         encoders.require_fit(encoder, where=f"{where} ({encoder.name})")
+
+
+def require_autoencoder(config: AutoencoderConfig, state: State, *, where: str) -> None:
+    """Raise ArtifactError naming the first weight of another shape than the configuration's."""
+    _require_weights(lambda: build.autoencoder(config), state, where)
 
 
 def _require_weights(make: Callable[[], nn.Module], state: State, where: str) -> None:

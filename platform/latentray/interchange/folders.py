@@ -6,11 +6,12 @@ what is chosen is downloaded.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,24 +26,34 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 """Suffixes of files whose reading can run code; of the last, tensors alone are read, by torch."""
 _STEMS = ("diffusion_pytorch_model", "model")
 """What diffusers and transformers call the weights of a part; their pickles are pytorch_model.bin and the like."""
-_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "unet", "vae")
+PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "unet", "vae")
 """Those with weights, of the pipelines that are exchanged. Others are left: safety checkers, other runtimes' forms."""
 _TEXTS = (".json", ".txt", ".model")
 _TEXT_PATTERNS = ("*.json", "*.txt", "*.model")
 
 
-def local(source: str, *, variant: str | None = None) -> Path:
+def local(
+    source: str,
+    *,
+    variant: str | None = None,
+    choose: Callable[[list[str]], list[str]] | None = None,
+    where: str = "",
+    mend: str = "",
+) -> Path:
     """A local folder with a pipeline's chosen files, or a local single file.
 
     Args:
         source: a folder or file, local or at a URI; a hub id `owner/name`, a file in one `owner/name/file.safetensors`,
             both with `@revision` behind where another than the newest is meant.
         variant: of the files, `fp16` say; None takes those without, or the only one there is.
+        choose: names of all files -> those that are read, where it is another choice than a whole pipeline's.
+        where, mend: what an error about the hub says instead of the id, and of what to do.
 
     Raises InputMissing where it is none of these, or the hub does not give it; ConfigError for a pickle.
     """
+    choose = choose or functools.partial(chosen, variant=variant)
     if store.is_remote(source):
-        return _fetched(source, variant)
+        return _fetched(source, choose)
     path = store.local_path(source)
     if path.exists():
         return path
@@ -50,21 +61,24 @@ def local(source: str, *, variant: str | None = None) -> Path:
         raise InputMissing("There is no such folder or file.", where=source, mend="Check weights=...")
     if source.partition("@")[0].endswith(PICKLES[:-1]):
         raise pickled(source)
-    return hub.fetch(source, _TEXT_PATTERNS, lambda names: chosen(names, variant))
+    return hub.fetch(source, _TEXT_PATTERNS, choose, where=where, mend=mend)
 
 
-def chosen(names: Iterable[str], variant: str | None = None) -> list[str]:
+def chosen(names: Iterable[str], variant: str | None = None, *, parts: Sequence[str] = PARTS) -> list[str]:
     """The files of a pipeline's folder that are read: texts, and of each part one set of weights.
+
+    Args:
+        parts: of PARTS; an empty name is the folder itself, of a part that lies alone.
 
     Raises ConfigError for a part with pickled weights only.
     """
     names = sorted(names)
-    parts = [part for part in _PARTS if any(name.startswith(f"{part}/") for name in names)]
     taken = [name for name in names if name.endswith(_TEXTS) and ".index." not in name and name.count("/") <= 1]
-    for part in parts:
-        inside = [name.split("/", 1)[1] for name in names if name.startswith(f"{part}/") and name.count("/") == 1]
+    for prefix in (f"{part}/" if part else "" for part in parts):
+        below = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        inside = [name for name in below if "/" not in name]
         if any(name.endswith((".safetensors", *PICKLES)) for name in inside):
-            taken += [f"{part}/{name}" for name in weight_files(inside, variant, where=part)]
+            taken += [f"{prefix}{name}" for name in weight_files(inside, variant, where=prefix.rstrip("/"))]
     return taken
 
 
@@ -163,20 +177,27 @@ def pickled(where: str) -> ConfigError:
     )
 
 
-def _fetched(uri: str, variant: str | None) -> Path:
+def _fetched(uri: str, choose: Callable[[list[str]], list[str]]) -> Path:
     """Local copies of a remote folder's chosen files, in this node's cache; or of a single file."""
     names = store.list_files(uri)
     if not names:
         return store.fetch(uri)
-    target = store.cache_dir() / "foreign" / store.digest_of([uri, variant, names])
+    wanted = choose(names)
+    filesystem, path = store.filesystem(uri)
+    found = filesystem.get_file_info([store.join(path, name) for name in wanted])
+    there = [[name, one.size, str(one.mtime)] for name, one in zip(wanted, found, strict=True)]
+    target = store.cache_dir() / "foreign" / store.digest_of([uri, there])
     if not target.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
         try:
-            for name in chosen(names, variant):
+            for name in wanted:
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 (partial / name).write_bytes(store.read_bytes(store.join(uri, name)))
             partial.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another process of this node was faster
+                raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return target

@@ -17,7 +17,25 @@ def is_id(source: str) -> bool:
     return not store.is_remote(source) and not store.local_path(source).exists() and bool(_ID.fullmatch(source))
 
 
-def fetch(source: str, texts: Sequence[str], choose: Callable[[list[str]], list[str]], *, mend: str = "") -> Path:
+def repository(source: str) -> str:
+    """`owner/name` of an id."""
+    return "/".join(source.partition("@")[0].split("/")[:2])
+
+
+def commit_of(path: Path) -> str | None:
+    """The commit that a file or folder of the client's cache belongs to; None for one that lies elsewhere."""
+    _, found, behind = path.as_posix().rpartition("/snapshots/")
+    return behind.split("/", 1)[0] if found else None
+
+
+def fetch(
+    source: str,
+    texts: Sequence[str],
+    choose: Callable[[list[str]], list[str]],
+    *,
+    where: str = "",
+    mend: str = "",
+) -> Path:
     """A local copy of a file, or a local folder with the chosen files of a repository.
 
     Without a network it is what the client's cache holds; what it lacks is refused when it is read.
@@ -25,6 +43,7 @@ def fetch(source: str, texts: Sequence[str], choose: Callable[[list[str]], list[
     Args:
         texts: patterns of the small files, which are fetched in any case.
         choose: names of all files -> those that are fetched besides.
+        where: what the error names instead of the id, such as the setting that gave it.
         mend: what the user can do besides.
 
     Raises InputMissing where neither the hub nor the cache has it.
@@ -46,7 +65,7 @@ def fetch(source: str, texts: Sequence[str], choose: Callable[[list[str]], list[
     except (HfHubHTTPError, HFValidationError, OSError) as error:  # no network and not in the cache is an OSError too
         raise InputMissing(
             f"It is no local folder or file, and the hub did not give it ({type(error).__name__}).",
-            where=source,
+            where=where or source,
             mend=mend
             or "Check the id and the network, log in with `hf auth login` where the repository asks for it, or download it "
             "elsewhere and give the folder.",

@@ -21,6 +21,16 @@ def import_weights(config: ImportWeights) -> str:
     out, parts = store.absolute(config.out), None if config.parts is None else store.absolute(config.parts)
     manifest.refuse_existing(out)
     path = folders.local(config.weights, variant=config.variant)
+    pipeline = read(config, path)
+    defaults = defaults_of(config, pipeline)
+    meta = {"imported_from": config.weights, "layout": pipeline.layout.name} | on_hub(config.weights, path)
+    made = model_folders.write(pipeline, out, defaults=defaults, config=compose.to_dict(config), meta=meta, parts=parts)
+    _tell(pipeline, defaults, out, parts, sum(entry.size for entry in made.files.values()))
+    return out
+
+
+def read(config: ImportWeights, path: Path) -> Pipeline:
+    """The pipeline in a local folder or single file. Raises as the readers of both layouts do."""
     if path.is_file():
         pipeline = single_file.from_single_file(
             path,
@@ -30,18 +40,33 @@ def import_weights(config: ImportWeights) -> str:
             ema=config.ema,
         )
     else:
-        pipeline = diffusers_folders.read(path, variant=config.variant, where=config.weights)
-    pipeline.size = config.size or pipeline.size
-    defaults = _defaults(config, pipeline)
-    meta: dict[str, Any] = {"imported_from": config.weights, "layout": pipeline.layout.name}
-    if hub.is_id(config.weights):
-        meta["base_model"] = "/".join(config.weights.partition("@")[0].split("/")[:2])
-    made = model_folders.write(pipeline, out, defaults=defaults, config=compose.to_dict(config), meta=meta, parts=parts)
-    _tell(pipeline, defaults, out, parts, sum(entry.size for entry in made.files.values()))
-    return out
+        pipeline = diffusers_folders.read(path, variant=config.variant, where=config.weights or str(path))
+    pipeline.size = _size(config.size or pipeline.size, pipeline)
+    return pipeline
 
 
-def _defaults(config: ImportWeights, pipeline: Pipeline) -> SamplingDefaults:
+def _size(size: int, pipeline: Pipeline) -> int:
+    """A model's native height and width. Raises ConfigError where the autoencoder does not divide it."""
+    factor = pipeline.autoencoder.downsampling
+    if size % factor:
+        raise ConfigError(
+            f"Pictures of {size} pixels do not divide by the autoencoder's factor {factor}.",
+            where="size",
+            mend=f"Choose a multiple of {factor}.",
+        )
+    return size
+
+
+def on_hub(source: str, path: Path) -> dict[str, Any]:
+    """What lineage says of weights from the hub: the repository, and the commit that `path` is of; nothing of others."""
+    if not hub.is_id(source):
+        return {}
+    commit = hub.commit_of(path)
+    return {"base_model": hub.repository(source)} | ({"base_commit": commit} if commit else {})
+
+
+def defaults_of(config: ImportWeights, pipeline: Pipeline) -> SamplingDefaults:
+    """What a request gets where it says nothing. Raises ConfigError for a sampler that does not apply."""
     schedule, solver = schedules.build(pipeline.objective), pipeline.solver
     known = samplers.names(schedule)
     sampler = config.sampler or (solver.sampler if solver.sampler in known else known[0])

@@ -10,6 +10,7 @@ from latentray.checkpoint.foreign_layout import State
 from latentray.checkpoint.schedulers import Solver
 from latentray.conditioning.text import Reading
 from latentray.config.autoencoder import AutoencoderConfig
+from latentray.config.beside import KINDS, BesideConfig
 from latentray.config.denoiser import DenoiserConfig
 from latentray.config.objective import ObjectiveConfig
 from latentray.errors import ConfigError
@@ -45,6 +46,8 @@ class Layout:
     steps: int
     """diffusers' defaults, which a model that came without its own gets."""
     guidance_scale: float
+    may_zero: bool = False
+    """Whether zeros may stand for a negative prompt that is not given."""
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -62,6 +65,8 @@ class Pipeline:
     solver: Solver
     size: int
     """Native height and width in pixels."""
+    zero_when_empty: bool = False
+    """Zeros stand for a negative prompt that is not given."""
 
     @property
     def paints(self) -> bool:
@@ -91,11 +96,11 @@ LAYOUTS = {
     "sdxl": Layout(
         name="sdxl", denoiser="unet", slots=(_first(Reading(layer=2)), _SECOND), combine="sdxl",
         pipeline="StableDiffusionXLPipeline", inpainting="StableDiffusionXLInpaintPipeline", steps=50,
-        guidance_scale=5.0,
+        guidance_scale=5.0, may_zero=True,
     ),
     "sdxl_refiner": Layout(
         name="sdxl_refiner", denoiser="unet", slots=(_SECOND,), combine="one",
-        pipeline="StableDiffusionXLImg2ImgPipeline", inpainting="", steps=50, guidance_scale=5.0,
+        pipeline="StableDiffusionXLImg2ImgPipeline", inpainting="", steps=50, guidance_scale=5.0, may_zero=True,
     ),
     "sd3": Layout(
         name="sd3", denoiser="transformer",
@@ -137,21 +142,31 @@ def of_index(index: Mapping[str, Any], *, where: str) -> Layout:
     return layout
 
 
+def known(index: Mapping[str, Any]) -> Layout | None:
+    """The layout of a model_index.json by its class alone; None of a pipeline that is not exchanged."""
+    name = _BY_CLASS.get(str(index.get("_class_name")))
+    return None if name is None else LAYOUTS[name]
+
+
 def of_model(config: DenoiserConfig, readings: Sequence[Reading]) -> Layout:
-    """The layout that a model is handed out in. Raises ConfigError naming the setting that no pipeline has."""
-    if config.family == "mmdit":
-        layout = LAYOUTS["sd3"]
-    elif config.family != "unet" or config.classes is not None or config.context_width is None:
-        field = "family" if config.family != "unet" else "classes" if config.classes is not None else "context_width"
-        raise _no_pipeline(f"denoiser.{field}", getattr(config, field))
-    elif config.size_numbers not in _BY_SIZE_NUMBERS:
-        raise _no_pipeline("denoiser.size_numbers", config.size_numbers)
-    else:
-        layout = LAYOUTS[_BY_SIZE_NUMBERS[config.size_numbers]]
+    """The layout that a denoiser is handed out in. Raises ConfigError naming the setting that no pipeline has."""
+    is_unet = config.family == "unet"
+    for refused, field, mend in (
+        (not is_unet and config.family != "mmdit", "family", "Denoisers of pictures can be handed out: unet, mmdit."),
+        (config.classes is not None, "classes", "Train on captions to hand it out, with denoiser.classes=null."),
+        (config.context_width is None, "context_width", "Train on captions to hand it out."),
+        (config.context_layers, "context_layers", "Train on a ready text encoder, clip_l say, to hand it out."),
+        (is_unet and config.size_numbers not in _BY_SIZE_NUMBERS, "size_numbers",
+         f"Pipelines know {', '.join(map(str, _BY_SIZE_NUMBERS))}."),
+    ):  # fmt: skip
+        if refused:
+            raise _no_pipeline(f"denoiser.{field}", getattr(config, field), mend)
+    layout = LAYOUTS[_BY_SIZE_NUMBERS[config.size_numbers] if is_unet else "sd3"]
     if config.combine != layout.combine:
-        raise _no_pipeline("denoiser.combine", config.combine)
+        raise _no_pipeline("denoiser.combine", config.combine, f"{layout.pipeline} has {layout.combine}.")
     if (config.pooled_width is None) != (layout.name == "sd"):
-        raise _no_pipeline("denoiser.pooled_width", config.pooled_width)
+        reads = "no pooled text" if layout.name == "sd" else "pooled text"
+        raise _no_pipeline("denoiser.pooled_width", config.pooled_width, f"{layout.pipeline} reads {reads}.")
     wanted = [_essence(slot.reading) for slot in layout.slots]
     found = [_essence(one) for one in readings]
     if found != wanted:
@@ -163,14 +178,44 @@ def of_model(config: DenoiserConfig, readings: Sequence[Reading]) -> Layout:
     return layout
 
 
+def require_sayable(
+    layout: Layout,
+    *,
+    denoiser: DenoiserConfig,
+    autoencoder: AutoencoderConfig,
+    objective: ObjectiveConfig,
+    zero_when_empty: bool,
+) -> None:
+    """Raise ConfigError, naming the setting, for what a pipeline of this layout cannot be told of a model."""
+    channels = autoencoder.latent_channels
+    more = denoiser.in_channels - channels
+    beside = next((kind for kind in KINDS if BesideConfig(kind=kind).channels(channels) == more), None)
+    for refused, field, value, mend in (
+        (autoencoder.kind != "kl", "autoencoder.kind", autoencoder.kind, "Train in the latents of one of kind kl."),
+        (autoencoder.patch != 1, "autoencoder.patch", autoencoder.patch, "Train in the latents of one with patch=1."),
+        (objective.learned_variance, "objective.learned_variance", True, "Pipelines draw with none: train without it."),
+        (objective.schedule in ("ve", "unnoised"), "objective.schedule", objective.schedule,
+         "Pipelines draw from discrete noise levels (scaled_linear, say) or by flow."),
+        (beside is None, "denoiser.in_channels", denoiser.in_channels, f"Latents have {channels} channels."),
+        (beside == "super_resolution" or (beside == "inpainting" and not layout.inpainting), "beside.kind", beside,
+         f"{layout.pipeline} sees nothing beside the latent{', or a mask' if layout.inpainting else ''}."),
+        (zero_when_empty and not layout.may_zero, "stage.zero_when_dropped", True,
+         f"{layout.pipeline} embeds the empty caption: train on with stage.zero_when_dropped=false."),
+    ):  # fmt: skip
+        if refused:
+            raise _no_pipeline(field, value, mend)
+
+
 def class_of(pipeline: Pipeline) -> str:
-    """diffusers' class for it. Raises ConfigError for channels that none of them reads."""
-    layout, channels = pipeline.layout, pipeline.denoiser.in_channels
-    if channels == pipeline.autoencoder.latent_channels:
-        return layout.pipeline
-    if pipeline.paints and layout.inpainting:
-        return layout.inpainting
-    raise _no_pipeline("denoiser.in_channels", channels)
+    """diffusers' class for it. Raises ConfigError as `require_sayable` does."""
+    require_sayable(
+        pipeline.layout,
+        denoiser=pipeline.denoiser,
+        autoencoder=pipeline.autoencoder,
+        objective=pipeline.objective,
+        zero_when_empty=pipeline.zero_when_empty,
+    )
+    return pipeline.layout.inpainting if pipeline.paints else pipeline.layout.pipeline
 
 
 def _has(index: Mapping[str, Any], part: str) -> bool:
@@ -186,9 +231,9 @@ def _said(readings: Sequence[tuple[str, int]]) -> str:
     return ", ".join(f"{kind} (layer {layer})" for kind, layer in readings) or "none"
 
 
-def _no_pipeline(field: str, value: Any) -> ConfigError:
+def _no_pipeline(field: str, value: Any, mend: str) -> ConfigError:
     return ConfigError(
-        f"diffusers has no pipeline for a model with {field}={value!r}.",
+        f"No pipeline of SD 1, SD 2, SDXL, its refiner or SD 3 is of a model with {field}={value!r}.",
         where=field,
-        mend="Those of SD 1, SD 2, SDXL, its refiner and SD 3 can be handed out.",
+        mend=mend,
     )

@@ -54,6 +54,11 @@ def read(uri: str, scratch: Path) -> tuple[Manifest, Pipeline, SamplingDefaults]
     layout = layouts.of_model(denoiser, [encoders.reading_of(entry) for entry in entries])
     described = dict(config["autoencoder"])
     scale = LatentScale(shift=described.pop("shift"), scale=described.pop("scale"))
+    autoencoder, objective = AutoencoderConfig(**described), ObjectiveConfig(**config["objective"])
+    zero = config.get("zero_when_empty", False)
+    layouts.require_sayable(
+        layout, denoiser=denoiser, autoencoder=autoencoder, objective=objective, zero_when_empty=zero
+    )
     parts = []
     for entry in entries:
         (scratch / entry["name"]).mkdir(parents=True)
@@ -63,13 +68,14 @@ def read(uri: str, scratch: Path) -> tuple[Manifest, Pipeline, SamplingDefaults]
         layout=layout,
         denoiser=denoiser,
         denoiser_state=weights.read(files["denoiser.safetensors"]),
-        autoencoder=AutoencoderConfig(**described),
+        autoencoder=autoencoder,
         autoencoder_state=weights.read(files["autoencoder.safetensors"]),
         scale=scale,
         encoders=tuple(parts),
-        objective=ObjectiveConfig(**config["objective"]),
+        objective=objective,
         solver=Solver(sampler=defaults.sampler),
         size=config["size"],
+        zero_when_empty=zero,
     )
     return found, pipeline, defaults
 
@@ -120,6 +126,7 @@ def write(
             defaults=defaults,
             size=pipeline.size,
             beside=BesideConfig(kind="inpainting" if pipeline.paints else "none"),
+            zero_when_empty=pipeline.zero_when_empty,
         )
         for one in prepared:
             if (one.folder / _CARRIED).is_file():

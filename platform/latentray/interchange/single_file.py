@@ -109,6 +109,8 @@ def from_single_file(
         objective=objective,
         solver=Solver(sampler="dpmpp_2m"),
         size=latent_size * autoencoder.downsampling,
+        # As SDXL's base was trained, and is drawn with by those who made it; not so its refiner.
+        zero_when_empty=layout.name == "sdxl" if told.zero_when_empty is None else told.zero_when_empty,
     )
     fitting.require(pipeline, where=str(path))
     return pipeline
@@ -167,9 +169,9 @@ def read_file(path: Path) -> State:
         )
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError):
         raise ConfigError(
-            f"The .ckpt holds more than tensors, or is damaged: {str(error).splitlines()[0]}",
+            "The .ckpt holds more than tensors, whose reading can run any code, or it is damaged: it is not read.",
             where=str(path),
             mend="Give the .safetensors file of the same model, or convert it in a sandbox first.",
         ) from None

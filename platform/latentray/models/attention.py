@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentray.errors import ConfigError
+from latentray.models import fused
 from latentray.models.layers import group_norm
 
 _EXPLICIT_UP_TO = 256
@@ -103,7 +104,10 @@ class FeedForward(nn.Module):
         return torch.cat([self._geglu(x_1LD) for x_1LD in x_BLD.split(1)])
 
     def _geglu(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
+        both = self.proj(x)
+        if fused.gates(both):
+            return self.out(fused.geglu(both))
+        value, gate = both.chunk(2, dim=-1)
         if _bf16_on_cpu(gate):
             gate = gate.contiguous()  # where GELU is vectorised; the same bits, which is not so in float32
         gate = F.gelu(gate)

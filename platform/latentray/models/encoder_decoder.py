@@ -8,21 +8,24 @@ from torch.nn import functional as F
 
 from latentray.config.autoencoder import AutoencoderConfig
 from latentray.models.attention import PixelAttention
-from latentray.models.autoencoder_layers import Downsample, ResBlock, Upsample, laid_out
-from latentray.models.fused_norm import silu_of_norm
-from latentray.models.layers import group_norm
+from latentray.models.layers import Downsample, ResBlock, group_norm, laid_out
+from latentray.models.upsampling import Upsample
 
 _EPS = 1e-6
+
+
+def _res_block(in_channels: int, out_channels: int, config: AutoencoderConfig) -> ResBlock:
+    return ResBlock(in_channels, out_channels, groups=config.groups, eps=_EPS, overwrites=True)
 
 
 class Middle(nn.Sequential):
     """Two residual blocks at the latent's resolution, and one self-attention between them."""
 
     def __init__(self, channels: int, config: AutoencoderConfig) -> None:
-        layers: list[nn.Module] = [ResBlock(channels, channels, groups=config.groups)]
+        layers: list[nn.Module] = [_res_block(channels, channels, config)]
         if config.attention:
             layers.append(PixelAttention(channels, groups=config.groups))
-        layers.append(ResBlock(channels, channels, groups=config.groups))
+        layers.append(_res_block(channels, channels, config))
         super().__init__(*layers)
 
 
@@ -37,10 +40,10 @@ class Encoder(nn.Module):
         levels: list[nn.Module] = []
         for level, out in enumerate(config.channels):
             for _ in range(config.blocks):
-                levels.append(ResBlock(width, out, groups=config.groups))
+                levels.append(_res_block(width, out, config))
                 width = out
             if level < len(config.channels) - 1:
-                levels.append(Downsample(width))
+                levels.append(Downsample(width, asymmetric=True))
         self.levels = nn.Sequential(*levels)
         self.middle = Middle(width, config)
         self.norm_out = group_norm(width, config.groups, eps=_EPS)
@@ -50,7 +53,7 @@ class Encoder(nn.Module):
 
     def finish(self, h: Tensor) -> Tensor:
         """From the last level's output on."""
-        return self.quant(self.conv_out(silu_of_norm(self.norm_out, self.middle(h))))
+        return self.quant(self.conv_out(self.norm_out(self.middle(h), silu=True)))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.finish(self.levels(self.conv_in(laid_out(F.pixel_unshuffle(x_BCHW, self.patch)))))
@@ -69,7 +72,7 @@ class Decoder(nn.Module):
         levels: list[nn.Module] = []
         for level, out in reversed(list(enumerate(config.channels))):
             for _ in range(config.blocks + 1):
-                levels.append(ResBlock(width, out, groups=config.groups))
+                levels.append(_res_block(width, out, config))
                 width = out
             if level > 0:
                 levels.append(Upsample(width))
@@ -82,7 +85,7 @@ class Decoder(nn.Module):
         return self.middle(self.conv_in(self.post_quant(laid_out(latent_BChw))))
 
     def features(self, latent_BChw: Tensor) -> Tensor:
-        return silu_of_norm(self.norm_out, self.levels(self.begin(latent_BChw)))
+        return self.norm_out(self.levels(self.begin(latent_BChw)), silu=True)
 
     def last(self, features: Tensor) -> Tensor:
         return F.pixel_shuffle(self.conv_out(features), self.patch)

@@ -7,13 +7,14 @@ torch hub where there is a network; without either it is random, and whoever bui
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from latentray.errors import ConfigError, InputMissing
+from latentray.errors import ArtifactError, ConfigError, InputMissing
 from latentray.models import torchvision_ops
 
 NETS = ("alex", "vgg")
@@ -55,7 +56,7 @@ def load(net: str, *, weights: str | None = None, random_backbone: bool = False,
         random_backbone: take a random backbone on purpose (a quickstart without downloads).
         seed: of the random backbone, so that it is the same on every worker and in every run.
 
-    Raises ConfigError for an unknown net, InputMissing where `weights` is not there.
+    Raises ConfigError for an unknown net, InputMissing where `weights` is not there, ArtifactError where it is another file.
     """
     if net not in NETS:
         raise ConfigError(f"There is no LPIPS net {net!r}.", where="lpips.net", mend=f"Known: {', '.join(NETS)}.")
@@ -72,8 +73,15 @@ def load(net: str, *, weights: str | None = None, random_backbone: bool = False,
 
     if weights is not None:
         model = build(rand=True)
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-        model.net.load_state_dict({k: state["features." + k.split(".", 1)[1]] for k in model.net.state_dict()})
+        try:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+            model.net.load_state_dict({k: state["features." + k.split(".", 1)[1]] for k in model.net.state_dict()})
+        except (pickle.UnpicklingError, RuntimeError, LookupError, TypeError, EOFError) as error:
+            raise ArtifactError(
+                f"The file holds no weights of torchvision's {net} ({type(error).__name__}).",
+                where=weights,
+                mend="Give the state dict that torchvision publishes, of tensors alone.",
+            ) from None
         return Perceptual(model, Backbone(net=net, source="file", detail=weights))
     if random_backbone:
         return Perceptual(

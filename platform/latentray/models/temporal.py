@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from latentray.models.attention import Attention, FeedForward
 from latentray.models.embeddings import sinusoidal_embedding
@@ -48,8 +47,8 @@ class TemporalConvolution(nn.Module):
     def forward(self, x_NCHW: Tensor, positions_BT: Tensor) -> Tensor:
         # As a picture of T rows and H W columns: in channels_last memory a view.
         h = x_NCHW.unflatten(0, positions_BT.shape).flatten(3).transpose(1, 2)
-        h = self.conv1(F.silu(self.norm1(h)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(self.norm1(h, silu=True))
+        h = self.conv2(self.norm2(h, silu=True))
         return x_NCHW + h.transpose(1, 2).unflatten(-1, x_NCHW.shape[-2:]).flatten(0, 1)
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentray.models.autoencoder import Autoencoder, KLAutoencoder, Posterior, VQAutoencoder
-from latentray.models.autoencoder_layers import Downsample, ResBlock, Upsample
-from latentray.models.layers import GroupNorm
+from latentray.models.layers import Downsample, GroupNorm, ResBlock
+from latentray.models.upsampling import Upsample
 
 Strip = tuple[int, int]
 """First row of a map, and the row after its last."""

@@ -14,8 +14,8 @@ from latentray.config.denoiser import DenoiserConfig
 from latentray.models.attention import SpatialTransformer
 from latentray.models.context_encoder import ContextEncoder
 from latentray.models.embeddings import AddedConditions, ClassEmbedding, required, sinusoidal_embedding
-from latentray.models.fused_norm import silu_of_norm
-from latentray.models.layers import Downsample, ResBlock, Upsample, group_norm
+from latentray.models.layers import Downsample, ResBlock, group_norm, laid_out
+from latentray.models.upsampling import Upsample
 
 _EPS = 1e-5
 
@@ -51,7 +51,70 @@ class Block(nn.Module):
         return x if self.temporal_attention is None else self.temporal_attention(x, positions_BT)
 
 
-class UNet(nn.Module):
+class DownwardHalf(nn.Module):
+    """The way down and the middle, told the noise level: what denoiser and classifier of noisy latents have in common."""
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths, time_width = config.channels, 4 * config.channels[0]
+        self.time_in, self.time_out = nn.Linear(widths[0], time_width), nn.Linear(time_width, time_width)
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        width = widths[0]
+        down: list[Block] = []
+        for level, out in enumerate(widths):
+            for _ in range(config.blocks):
+                down.append(Block(self._res(width, out), self._transformer(level, config.depth[level])))
+                width = out
+            if level < len(widths) - 1:
+                down[-1].resample = Downsample(width, asymmetric=False)
+        self.down = nn.ModuleList(down)
+        self.middle_in = Block(self._res(width, width), self._transformer(len(widths) - 1, config.middle_depth))
+        self.middle_out = self._res(width, width)
+
+    def _res(self, in_channels: int, out_channels: int) -> ResBlock:
+        time_width = 4 * self.config.channels[0]
+        return ResBlock(in_channels, out_channels, groups=self.config.groups, eps=_EPS, time_width=time_width)
+
+    def _transformer(self, level: int, depth: int) -> SpatialTransformer | None:
+        if depth == 0:
+            return None
+        return SpatialTransformer(
+            self.config.channels[level],
+            heads=self.config.heads_at(level),
+            depth=depth,
+            context_width=self.config.context_width,
+            groups=self.config.groups,
+            linear_projection=self.config.linear_projection,
+        )
+
+    def _noise_level(self, t_B: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, 4 channels[0])."""
+        time = sinusoidal_embedding(t_B, self.config.channels[0]).to(dtype)
+        return self.time_out(F.silu(self.time_in(time)))
+
+    def _descended(
+        self, u_BChw: Tensor, time: Tensor, context: Tensor | None = None, positions_BT: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The middle's output, and what skip connections take up again."""
+        h = self.conv_in(laid_out(u_BChw))
+        skips = [h]
+        for block in self.down:
+            h = self._run(block, h, time, context, None, positions_BT)
+            skips.append(h)
+            if block.resample is not None:
+                h = block.resample(h)
+                skips.append(h)
+        h = self._run(self.middle_in, h, time, context, None, positions_BT)
+        return self._run(self.middle_out, h, time), skips
+
+    def _run(self, block: nn.Module, *args: Tensor | None) -> Tensor:
+        if self.config.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+        return block(*args)
+
+
+class UNet(DownwardHalf):
     """y = net(u, t, context).
 
     forward(u_BChw, t_B, context_BLD, pooled=(B,D), size=(B,N), labels=(B,)) -> (B, out_channels, h, w). `t` is what the
@@ -61,45 +124,15 @@ class UNet(nn.Module):
     """
 
     def __init__(self, config: DenoiserConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         assert config.family in ("unet", "video")
-        self.config = config
         widths, time_width = config.channels, 4 * config.channels[0]
-        self.time_in, self.time_out = nn.Linear(widths[0], time_width), nn.Linear(time_width, time_width)
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-
-        def res(i: int, o: int) -> ResBlock:
-            return ResBlock(i, o, groups=config.groups, eps=_EPS, time_width=time_width)
-
-        def transformer(level: int, depth: int) -> SpatialTransformer | None:
-            if depth == 0:
-                return None
-            return SpatialTransformer(
-                widths[level],
-                heads=config.heads_at(level),
-                depth=depth,
-                context_width=config.context_width,
-                groups=config.groups,
-                linear_projection=config.linear_projection,
-            )
-
-        width, skips = widths[0], [widths[0]]
-        down: list[Block] = []
-        for level, out in enumerate(widths):
-            for _ in range(config.blocks):
-                down.append(Block(res(width, out), transformer(level, config.depth[level])))
-                width = out
-                skips.append(width)
-            if level < len(widths) - 1:
-                down[-1].resample = Downsample(width, asymmetric=False)
-                skips.append(width)
-        self.down = nn.ModuleList(down)
-        self.middle_in = Block(res(width, width), transformer(len(widths) - 1, config.middle_depth))
-        self.middle_out = res(width, width)
+        skips, width = _skips(config), widths[-1]
         up: list[Block] = []
         for level, out in reversed(list(enumerate(widths))):
             for _ in range(config.blocks + 1):
-                up.append(Block(res(width + skips.pop(), out), transformer(level, config.depth[level])))
+                entering = self._res(width + skips.pop(), out)
+                up.append(Block(entering, self._transformer(level, config.depth[level])))
                 width = out
             if level > 0:
                 up[-1].resample = Upsample(width)
@@ -160,35 +193,29 @@ class UNet(nn.Module):
     ) -> Tensor:
         context = required(context_BLD, "context") if self.config.context_width is not None else None
         time = self._time(t_B, u_BChw.dtype, pooled, size, labels)
-        h = self.conv_in(u_BChw)
-        skips = [h]
-        for block in self.down:
-            h = self._run(block, h, time, context, None, positions_BT)
-            skips.append(h)
-            if block.resample is not None:
-                h = block.resample(h)
-                skips.append(h)
-        h = self._run(self.middle_in, h, time, context, None, positions_BT)
-        h = self._run(self.middle_out, h, time)
+        h, skips = self._descended(u_BChw, time, context, positions_BT)
         for block in self.up:
             h = self._run(block, h, time, context, skips.pop(), positions_BT)
             if block.resample is not None:
                 h = block.resample(h, skips[-1].shape[-2:])
-        return self.conv_out(silu_of_norm(self.norm_out, h, inplace=True))
+        return self.conv_out(self.norm_out(h, silu=True, inplace=True))
 
     def _time(
         self, t_B: Tensor, dtype: torch.dtype, pooled: Tensor | None, size: Tensor | None, labels: Tensor | None
     ) -> Tensor:
         """(B, 4 channels[0]): all that is told to the residual blocks."""
-        time = sinusoidal_embedding(t_B, self.config.channels[0]).to(dtype)
-        time = self.time_out(F.silu(self.time_in(time)))
+        time = self._noise_level(t_B, dtype)
         if self.classes is not None:
             time = time + self.classes(required(labels, "labels"))
         if self.added is not None:
             time = time + self.added(pooled, size, dtype)
         return time
 
-    def _run(self, block: nn.Module, *args: Tensor | None) -> Tensor:
-        if self.config.checkpoint_activations and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
-        return block(*args)
+
+def _skips(config: DenoiserConfig) -> list[int]:
+    """Widths of the maps that `_descended` keeps, in their order."""
+    widths = config.channels
+    found = [widths[0]]
+    for level, width in enumerate(widths):
+        found += [width] * (config.blocks + (level < len(widths) - 1))
+    return found

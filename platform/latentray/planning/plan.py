@@ -108,7 +108,7 @@ def workloads(config: PlanConfig) -> tuple[Workload, Workload | None]:
         )
 
     taken = measure(config)
-    if config.stage.name != "diffusion":
+    if config.stage.name == "autoencoder":
         return taken, None
     if config.denoiser.checkpoint_activations:
         return taken, taken
@@ -190,7 +190,7 @@ def _checkpoints(config: PlanConfig, taken: Workload, rate: float) -> Checkpoint
         write_s=write_s,
         interval_s=every / rate,
         best_interval_s=cost.best_interval(write_s, between),
-        lost_share=cost.lost_share(every / rate, write_s, between),
+        lost_share=cost.lost_share(every / rate, write_s if config.checkpoint_every_samples else 0.0, between),
     )
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from latentray.checkpoint import store
 from latentray.config.plan import PlanConfig
 from latentray.planning.memory import Memory
-from latentray.planning.plan import Estimate, Plan, plan
+from latentray.planning.plan import Checkpoints, Estimate, Plan, plan
 from latentray.reporting import stacked_bars
 from latentray.reporting.progress import duration
 
@@ -85,13 +85,19 @@ def show(made: Plan, console: Console | None = None) -> None:
     saved = made.checkpoints
     console.print(
         f"A checkpoint is {_size(saved.bytes)} ({duration(saved.write_s)} to write), those kept "
-        f"{_size(saved.kept_bytes)}, the result {_size(saved.result_bytes)}. One each "
-        f"{duration(saved.interval_s)}, of which failures and writing cost {saved.lost_share:.2%}; "
+        f"{_size(saved.kept_bytes)}, the result {_size(saved.result_bytes)}. {how_often(saved)}; "
         f"the least is lost with one each {duration(saved.best_interval_s)}.",
         soft_wrap=True,
     )
     for warning in made.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+
+
+def how_often(saved: Checkpoints) -> str:
+    """How often checkpoints are written, and the share of the time that is lost so."""
+    if not saved.kept_bytes:
+        return f"None is written (checkpoint_every_samples=0), and failures cost {saved.lost_share:.2%} of the time"
+    return f"One each {duration(saved.interval_s)}, of which failures and writing cost {saved.lost_share:.2%}"
 
 
 def _memory_table(made: Plan) -> Table:

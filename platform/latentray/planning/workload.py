@@ -162,14 +162,15 @@ def _dtype(config: Train) -> torch.dtype:
 
 
 class _DiffusionStep:
-    """Stage 2: encode where that is done online, one forward and one backward pass of the denoiser."""
+    """Stage 2 and classifiers: encode where that is done online, one forward and one backward pass of the network."""
 
     def __init__(self, config: Train, phase: Phase, distance: nn.Module | None, *, sizes: Mapping[str, int]) -> None:
         self.config, self.sizes = config, sizes
         with default_dtype(_dtype(config)):
             self.net = build.denoiser(config.denoiser)
         self.modules: list[nn.Module] = [self.net]
-        self.networks: tuple[Network, ...] = (_trained("denoiser", self.net, config, averaged=True),)
+        name = "classifier" if config.stage.name == "classifier" else "denoiser"
+        self.networks: tuple[Network, ...] = (_trained(name, self.net, config, averaged=True),)
         kept = [parameter for parameter in self.net.parameters() if not parameter.requires_grad]
         if kept:
             self.networks += (_frozen("kept layers", kept),)
@@ -283,6 +284,7 @@ def _backward(loss: Tensor, meter: Meter) -> None:
 _STEPS: dict[str, type[_AutoencoderStep] | type[_DiffusionStep]] = {
     "autoencoder": _AutoencoderStep,
     "diffusion": _DiffusionStep,
+    "classifier": _DiffusionStep,
 }
 
 

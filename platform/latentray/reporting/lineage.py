@@ -16,6 +16,7 @@ TITLES = {
     "latents": "latents",
     "checkpoint": "checkpoint",
     "model": "model",
+    "classifier": "classifier",
     "report": "report",
     "release": "release",
 }

@@ -18,6 +18,8 @@ from PIL.PngImagePlugin import PngInfo
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
+Row = Sequence[np.ndarray] | np.ndarray
+"""Pictures, each uint8 RGB (H, W, 3)."""
 GAP = 4
 PAPER = (255, 255, 255)
 INK = (45, 50, 58)
@@ -69,19 +71,19 @@ def grid(
     if captions:  # a cell grows by half at most, so that an ordinary word stands whole
         words = {word for text in captions for word in text.split()}
         cell_w = max(cell_w, min(max((_width(font, word) for word in words), default=0), cell_w * 3 // 2))
-    wrapped = [_wrap(font, text, cell_w) for text in captions] if captions else []
-    below = line * max((len(lines) for lines in wrapped), default=0)
+    wrapped = [_wrap(font, text, cell_w) for text in captions or [""] * len(pictures)]
+    below = [line * max(len(lines) for lines in wrapped[i : i + columns]) for i in range(0, len(pictures), columns)]
     left = 2 * GAP + max(_width(font, label) for label in row_labels) if row_labels else GAP
     heading = GAP + line if title else 0
     top = heading + (2 * GAP + line if column_labels else GAP)
 
-    size = (left + columns * (cell_w + GAP), top + rows * (cell_h + below + GAP))
-    sheet = Image.new("RGB", size, PAPER)
+    tops = [top + row * (cell_h + GAP) + sum(below[:row]) for row in range(rows + 1)]
+    sheet = Image.new("RGB", (left + columns * (cell_w + GAP), tops[-1]), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((GAP, GAP), title, INK, font)
     for index, picture in enumerate(pictures):
         row, column = divmod(index, columns)
-        x, y = left + column * (cell_w + GAP), top + row * (cell_h + below + GAP)
+        x, y = left + column * (cell_w + GAP), tops[row]
         image = Image.fromarray(picture)
         if scale > 1:
             image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
@@ -90,10 +92,10 @@ def grid(
             offset = (cell_w - image.width) // 2
             box = (x + offset - 3, y - 3, x + offset + image.width + 2, y + image.height + 2)
             draw.rectangle(box, outline=MARK, width=2)
-        for number, text in enumerate(wrapped[index] if wrapped else ()):
+        for number, text in enumerate(wrapped[index]):
             draw.text((x + cell_w / 2, y + cell_h + 1 + number * line), text, INK, font, anchor="ma")
     for row, label in enumerate(row_labels or ()):
-        draw.text((left - GAP, top + row * (cell_h + below + GAP) + cell_h / 2), label, INK, font, anchor="rm")
+        draw.text((left - GAP, tops[row] + cell_h / 2), label, INK, font, anchor="rm")
     for column, label in enumerate(column_labels or ()):
         draw.text((left + column * (cell_w + GAP) + cell_w / 2, heading + GAP), label, INK, font, anchor="ma")
     return sheet
@@ -106,19 +108,48 @@ def pairs(
     scale: int = 1,
 ) -> Image.Image:
     """Originals in one row, their reconstructions in the row below, `columns` pairs wide, as often as needed."""
-    if len(originals) != len(reconstructions):
-        raise ValueError(f"{len(originals)} originals for {len(reconstructions)} reconstructions")
-    if len(originals) == 0:
-        raise ValueError("no pictures to pair")
-    columns = min(columns, len(originals))
-    blank = np.full_like(np.asarray(originals[0]), 255)
+    return stacked({"original": originals, "reconstruction": reconstructions}, columns, scale)
+
+
+def stacked(
+    rows: Mapping[str, Row],
+    columns: int = 8,
+    scale: int = 1,
+    captions: Sequence[str] | None = None,
+) -> Image.Image:
+    """A row of each name, one below another, `columns` pictures wide, as often as needed; captions stand below the last.
+
+    Raises ValueError for no pictures, or another number of captions or of pictures in one row than in another.
+    """
+    counts = {name: len(row) for name, row in rows.items()} | ({} if captions is None else {"captions": len(captions)})
+    count = max(counts.values(), default=0)
+    if not count or set(counts.values()) != {count}:
+        raise ValueError(f"as many are wanted of each: {counts}")
+    columns = min(columns, count)
+    *_, last = rows
+    blank = np.full_like(np.asarray(rows[last][0]), 255)
     cells: list[np.ndarray] = []
-    for start in range(0, len(originals), columns):
-        for source in (originals, reconstructions):
-            row = [np.asarray(p) for p in source[start : start + columns]]
-            cells += row + [blank] * (columns - len(row))
-    labels = ["original", "reconstruction"] * (len(cells) // columns // 2)
-    return grid(cells, columns, scale=scale, row_labels=labels)
+    texts: list[str] = []
+    for start in range(0, count, columns):
+        for name, row in rows.items():
+            shown = [np.asarray(p) for p in row[start : start + columns]]
+            told = list(captions[start : start + columns]) if captions is not None and name == last else []
+            cells += shown + [blank] * (columns - len(shown))
+            texts += told + [""] * (columns - len(told))
+    labels = [*rows] * (len(cells) // columns // len(rows))
+    return grid(cells, columns, captions=texts, scale=scale, row_labels=labels)
+
+
+def veiled(picture_HWC: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
+    """A picture with a chequerboard where its mask is set, as editors show what is not there."""
+    rows, columns = np.indices(mask_HW.shape) // max(1, min(mask_HW.shape) // 16)
+    board = np.where((rows + columns) % 2, 205, 240).astype(np.uint8)
+    return np.where(np.asarray(mask_HW)[..., None] > 0, board[..., None], picture_HWC)
+
+
+def enlarged(picture_HWC: np.ndarray, factor: int) -> np.ndarray:
+    """A picture, each of its pixels repeated."""
+    return picture_HWC.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def filmstrips(clips: Sequence[np.ndarray], captions: Sequence[str], columns: int = 8, scale: int = 1) -> Image.Image:

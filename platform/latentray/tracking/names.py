@@ -50,6 +50,9 @@ DISCRIMINATOR_LOGITS_REAL = "discriminator/logits_real"
 DISCRIMINATOR_LOGITS_FAKE = "discriminator/logits_fake"
 DISCRIMINATOR_LEARNING_RATE = "discriminator/learning_rate"
 
+CLASSIFIER_ACCURACY = "classifier/accuracy"
+"""Share of noisy latents whose class is found, 0 to 1; `accuracy_at` names it for a third of the noise levels."""
+
 VALIDATION_LOSS = "validation/loss"
 VALIDATION_PSNR = "validation/psnr"
 """Decibel; mean per picture, values in [0, 1], EMA weights."""
@@ -61,6 +64,8 @@ VALIDATION_CODEBOOK_USAGE = "validation/codebook_usage"
 VALIDATION_CODEBOOK_PERPLEXITY = "validation/codebook_perplexity"
 VALIDATION_FID = "validation/fid"
 VALIDATION_KID = "validation/kid"
+VALIDATION_ACCURACY = "validation/accuracy"
+"""Of a classifier of noisy latents: of held-out latents, over all noise levels alike."""
 
 LATENT_SHIFT = "latent/shift"
 LATENT_SCALE = "latent/scale"
@@ -77,6 +82,11 @@ PICTURES_SAMPLES = "pictures/samples"
 def lost_to(cause: str) -> str:
     """The name of the share of a run's time that was lost to a cause (`training/clock.py`): `run/lost_to/faults`."""
     return f"run/lost_to/{cause}"
+
+
+def accuracy_at(third: str, *, of: str = CLASSIFIER_ACCURACY) -> str:
+    """The name of an accuracy at the low, middle or high third of the noise levels: `classifier/accuracy_at/low`."""
+    return f"{of}_at/{third}"
 
 
 def validation_loss_at(timestep: float) -> str:

@@ -1,26 +1,29 @@
-"""What workers tell the driver of a launch: their progress, drawn where it has a terminal, and an error that ends the run.
+"""What workers tell the driver of a launch: that they are at work, their progress, drawn where it has a terminal, and an error
+that ends the run.
 
 They tell it to a board, which under Ray is an actor, since they may share no disk, and the storage may be what failed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from latentray.reporting.progress import Progress
 
 _TOLD_EVERY_S = 0.5
 _ASKED_EVERY_S = 0.5
+_SIGN_EVERY_S = 1.0
 
 Said = dict[str, Any]
 """`total_samples`, `description` and `start_samples` as Progress.begin takes them, then `samples` and `figures` of an update."""
 
 
 class Board:
-    """What rank 0 said last, and the first error that a worker raised on purpose.
+    """When rank 0 gave a sign last, what it said, and the first error that a worker raised on purpose.
 
     Args:
         drawn: whether what is said is drawn; if not, rank 0 prints it itself.
@@ -30,6 +33,15 @@ class Board:
         self._said: Said | None = None
         self._failed: dict[str, str] | None = None
         self._drawn = drawn
+        self._signed_at = time.monotonic()
+
+    def sign(self) -> None:
+        """Rank 0 is at work."""
+        self._signed_at = time.monotonic()
+
+    def idle_s(self) -> float:
+        """Seconds since a worker was at work; before the first is, since the launch."""
+        return time.monotonic() - self._signed_at
 
     def drawn(self) -> bool:
         return self._drawn
@@ -71,6 +83,25 @@ class Told:
         if self._unsaid is not None:
             self._say(self._unsaid)
             self._unsaid, self._said_at = None, time.monotonic()
+
+
+@contextlib.contextmanager
+def at_work(sign: Callable[[], object]) -> Iterator[None]:
+    """A sign every second, from a thread of its own, while what is within lasts. `sign` gives it, and waits for no answer."""
+    over = threading.Event()
+
+    def go_on() -> None:
+        sign()
+        while not over.wait(_SIGN_EVERY_S):
+            sign()
+
+    thread = threading.Thread(target=go_on, name="at-work", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def draw(ask: Callable[[], Said | None], over: threading.Event) -> None:

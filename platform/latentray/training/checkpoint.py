@@ -128,20 +128,20 @@ class Checkpoints:
         begin again; FingerprintMismatch where the run began with other settings.
         """
         self.wait()
-        found: list[list[Saved]] = [candidates(self.worker.out) if self.worker.leads else []]
+        found: list[list[Saved] | ArtifactError] = [_found(self.worker.out) if self.worker.leads else []]
         dist.broadcast_object_list(found, src=0)
+        if isinstance(found[0], ArtifactError):
+            raise found[0]
         for saved in found[0]:
             require_like(saved, compose.to_dict(self.worker.config), self.inputs, self.worker.config.resume.allow)
             paths = self._fetch(saved)
             if paths is not None:
                 self._load(paths)
+                if store.is_remote(saved.uri):
+                    _drop_copies(paths)
                 return saved
         if found[0]:
-            raise ArtifactError(
-                f"All {len(found[0])} checkpoints of the run are damaged.",
-                where=_root(self.worker.out),
-                mend="Restore one from a copy; to begin again from the start, choose another run=... or delete them.",
-            )
+            raise _all_damaged(self.worker.out, len(found[0]))
         return None
 
     # ---- what the threads and ranks do
@@ -213,9 +213,44 @@ class Checkpoints:
         dist.barrier()
 
 
+def _drop_copies(paths: Mapping[str, list[Path]]) -> None:
+    """Delete files from this node's cache: they are as large as the run's state, and read once."""
+    for path in (path for some in paths.values() for path in some):
+        path.unlink(missing_ok=True)  # of the ranks on this node one is first
+
+
+def _found(out: str) -> list[Saved] | ArtifactError:
+    """What rank 0 tells the others: the checkpoints, or why there is none to go on from."""
+    try:
+        return require_sound(out)
+    except ArtifactError as error:
+        return error
+
+
+def _all_damaged(out: str, count: int) -> ArtifactError:
+    return ArtifactError(
+        f"All {count} checkpoints of the run are damaged.",
+        where=_root(out),
+        mend="Restore one from a copy; to begin again from the start, choose another run=... or delete them.",
+    )
+
+
 def candidates(out: str) -> list[Saved]:
     """Every checkpoint with a manifest, newest first; one whose manifest is damaged is named and left out."""
-    found = []
+    return _listed(out)[0]
+
+
+def require_sound(out: str) -> list[Saved]:
+    """`candidates`. Raises ArtifactError where all manifests are damaged: the run must not begin again unasked."""
+    found, damaged = _listed(out)
+    if damaged and not found:
+        raise _all_damaged(out, damaged)
+    return found
+
+
+def _listed(out: str) -> tuple[list[Saved], int]:
+    """Checkpoints, newest first, and how many more have a damaged manifest."""
+    found, damaged = [], 0
     root = _root(out)
     for name in store.list_folders(root):
         uri = store.join(root, name)
@@ -223,10 +258,11 @@ def candidates(out: str) -> list[Saved]:
             listing = manifest.find(uri)
         except DigestMismatch as error:
             print(f"checkpoint passed over: {error}", flush=True)
+            damaged += 1
             continue
         if listing is not None:
             found.append(Saved(uri=uri, manifest=listing))
-    return sorted(found, key=lambda saved: (saved.step, saved.manifest.created), reverse=True)
+    return sorted(found, key=lambda saved: (saved.step, saved.manifest.created), reverse=True), damaged
 
 
 def require_like(saved: Saved, config: Mapping[str, Any], inputs: Mapping[str, str], allow: list[str]) -> None:

@@ -89,7 +89,36 @@ def whole(trained: dict[str, Tensor], config: Mapping[str, Any], inputs: Mapping
     return found.beside(trained)
 
 
+def origin(config: Train) -> dict[str, Any]:
+    """Repository and commit of the hub's weights that a run goes on from, itself or through another; empty for none."""
+    if config.denoiser_from is None:
+        return {}
+    meta = manifest.read(store.absolute(config.denoiser_from)).meta
+    return {key: meta[key] for key in ("base_model", "base_commit") if key in meta}
+
+
+def zero_when_dropped(config: Train) -> bool:
+    """Whether zeros stand for a dropped caption: as the stage says, else as the model that the run goes on from has it.
+
+    Raises as `find` does for a folder that cannot be read.
+    """
+    said = config.stage.zero_when_dropped
+    if said is not None or config.denoiser_from is None:
+        return bool(said)
+    return bool(_described(config.denoiser_from)[2].get("zero_when_empty", False))
+
+
 def _opened(place: str) -> InitialDenoiser:
+    uri, found, described = _described(place)
+    return InitialDenoiser(
+        uri=uri,
+        digest=found.digest,
+        config=DenoiserConfig(**described["denoiser"]),
+        path=manifest.fetch_file(uri, "denoiser.safetensors", found),
+    )
+
+
+def _described(place: str) -> tuple[str, manifest.Manifest, dict[str, Any]]:
     uri = store.absolute(place)
     found = manifest.read(uri)
     if found.kind not in _KINDS:
@@ -98,13 +127,7 @@ def _opened(place: str) -> InitialDenoiser:
             where=uri,
             mend="Give denoiser_from=<a run's model folder>, or a release.",
         )
-    described = json.loads(manifest.fetch_file(uri, "config.json", found).read_text())
-    return InitialDenoiser(
-        uri=uri,
-        digest=found.digest,
-        config=DenoiserConfig(**described["denoiser"]),
-        path=manifest.fetch_file(uri, "denoiser.safetensors", found),
-    )
+    return uri, found, json.loads(manifest.fetch_file(uri, "config.json", found).read_text())
 
 
 def _require_shapes(config: DenoiserConfig, given: Mapping[str, tuple[int, ...]], uri: str) -> None:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from latentray import build
 from latentray.config.train import Train
 from latentray.errors import ConfigError, EnvironmentRefused
 from latentray.training import optimizers, partitions
@@ -50,6 +51,47 @@ def deepspeed_config(config: Train, world: int) -> dict[str, Any]:
     if config.precision == "autocast":
         derived["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     return _merged(derived, config.deepspeed.extra)
+
+
+def require_accepted(config: Train, world: int) -> None:
+    """Raise ConfigError for a value in `deepspeed.extra` that DeepSpeed refuses, before there is a worker to refuse it."""
+    if not config.deepspeed.extra:
+        return
+    if config.cluster.device == "cpu" or not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime import config as theirs
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    try:
+        theirs.DeepSpeedConfig(deepspeed_config(config, world))
+    except AssertionError:
+        return  # some ask what this machine has, and the workers may be on others
+    except (ValueError, TypeError, theirs.DeepSpeedConfigError) as error:
+        raise _refused(config.deepspeed.extra, error) from None
+
+
+def _refused(extra: Mapping[str, Any], error: Exception) -> ConfigError:
+    """What DeepSpeed says against `extra`, at the key that it says it of where it is one of its models that does."""
+    from pydantic import ValidationError
+
+    told, where = str(error), "deepspeed.extra"
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        names = [str(one) for one in first["loc"]]
+        where = ".".join([where, *_path_to(names, extra)])
+        told = f"{'.'.join(names)} is {first['input']!r}: {first['msg']}"
+    return ConfigError(f"DeepSpeed refuses its configuration: {told}", where=where, mend="Correct or remove the value.")
+
+
+def _path_to(names: Sequence[str], block: Mapping[str, Any]) -> list[str]:
+    """Where in nested blocks these keys are, from the outermost on; none where they are not."""
+    if names and names[0] in block:
+        return list(names)
+    for key, value in block.items():
+        below = _path_to(names, value) if isinstance(value, Mapping) else []
+        if below:
+            return [key, *below]
+    return []
 
 
 def require_nvme(folder: str) -> None:
@@ -104,7 +146,7 @@ class Engine:
         """False where the last step was dropped: its gradients were no numbers."""
         self.lr_factor = (lr or config.optimizer.lr) / config.optimizer.lr
         if config.compile or config.optimizer.name == "muon":
-            optimizers.require_compiler()
+            build.require_compiler()
         if config.deepspeed.offload_parameters == "nvme":
             require_nvme(config.deepspeed.nvme_path or "")
         module = module.to(device)
@@ -120,11 +162,7 @@ class Engine:
         except (ValueError, AssertionError, TypeError) as error:
             if not config.deepspeed.extra:
                 raise
-            raise ConfigError(
-                f"DeepSpeed refuses its configuration: {error}",
-                where="deepspeed.extra",
-                mend="Correct or remove the block.",
-            ) from None
+            raise _refused(config.deepspeed.extra, error) from None
         if config.compile:
             self._engine.compile()
 

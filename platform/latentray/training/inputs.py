@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 
 from latentray import build
-from latentray.checkpoint import store
 from latentray.conditioning import combination
 from latentray.conditioning.tokens import TokenReader
 from latentray.config.train import Train
 from latentray.data import latents, sample_facts
 from latentray.diffusion import samplers, schedules
-from latentray.errors import ConfigError, InputMissing
+from latentray.errors import ConfigError
+from latentray.models import perceptual
 from latentray.records import Conditions
 from latentray.training import denoiser_weights, episode_supply, feed, initial_weights, latent_supply
 from latentray.training.feed import Shape
@@ -23,7 +23,8 @@ def check(config: Train, world: int) -> dict[str, str]:
     config.require_divisible(world)
     if config.stage.name == "autoencoder":
         return _pictures(config)
-    _require_sampler(config)
+    if config.stage.name == "diffusion":
+        _require_sampler(config)
     initial = denoiser_weights.lineage(denoiser_weights.find(config))
     return _SUPPLIES[latent_supply.kind(config)](config, world) | initial
 
@@ -32,13 +33,9 @@ def _pictures(config: Train) -> dict[str, str]:
     if not config.data and not config.mixture.of:
         raise ConfigError("Stage 1 needs pictures.", where="data", mend="Add data=<what build_shards wrote>.")
     opened = _verified(config)
-    weights = config.stage.lpips.weights
-    if weights is not None and not store.local_path(weights).is_file():
-        raise InputMissing(
-            "The LPIPS backbone's weights are not there.",
-            where="stage.lpips.weights",
-            mend=f"Check the path {weights}.",
-        )
+    lpips = config.stage.lpips
+    if lpips.weights is not None and lpips.weight > 0:
+        perceptual.load(lpips.net, weights=lpips.weights)
     begun = initial_weights.autoencoder(config)
     return opened.inputs | ({"autoencoder": begun.digest} if begun else {})
 
@@ -180,9 +177,10 @@ def _require_denoiser(
     widths = (text.tokens_BLD.shape[2], text.pooled_BD.shape[1]) if text is not None else (None, None)
     if numbers:
         widths = (net.context_width, None)
+    drawn = None if net.family == "classifier" else net.out_channels
     for key, have, want in (
         ("denoiser.in_channels", net.in_channels, channels + config.beside.channels(channels)),
-        ("denoiser.out_channels", net.out_channels, channels * (2 if config.objective.learned_variance else 1)),
+        ("denoiser.out_channels", drawn, channels * (2 if config.objective.learned_variance else 1)),
         ("denoiser.context_width", net.context_width, widths[0]),
         ("denoiser.pooled_width", net.pooled_width, widths[1]),
     ):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from latentray import build, randomness
 from latentray.checkpoint import store
-from latentray.conditioning import beside, combination
+from latentray.conditioning import beside, combination, denoiser_inputs
 from latentray.conditioning.encoders import Encoder, ImageEncoder, load_configured
 from latentray.config.denoiser import DenoiserConfig
 from latentray.config.train import Train
@@ -30,6 +30,7 @@ from latentray.errors import FingerprintMismatch
 from latentray.models.autoencoder import LatentScale, Posterior
 from latentray.randomness import Purpose
 from latentray.records import Conditions, EpisodeBatch, LatentBatch, PictureBatch, TextEmbedding
+from latentray.training import denoiser_weights
 from latentray.training.episode_supply import Episodes
 from latentray.training.feed import Feed
 
@@ -46,7 +47,7 @@ class LatentSpace:
     texts: tuple[TextSource, ...]
     """The encoders that the denoiser reads."""
     empty: Conditions
-    """One row: embeddings of the empty caption, and the null class; for dropout and classifier-free guidance."""
+    """One row: embeddings of the empty caption, or zeros, and the null class; for dropout and classifier-free guidance."""
     size: int
     """Pixels: side of the squares that a model learns to draw; with buckets the greatest resolution's."""
     frames: int = 0
@@ -55,6 +56,8 @@ class LatentSpace:
     """Frames per second; 0 for pictures."""
     classes: tuple[str, ...] = ()
     """Names of the class labels, where the data set names them."""
+    zero_when_empty: bool = False
+    """Zeros stand in `empty` for the empty caption's embeddings."""
 
     @property
     def facts(self) -> dict[str, object]:
@@ -132,7 +135,7 @@ class OnlineLatents:
         artifact = build.autoencoder_artifact(autoencoder_uri(config))
         self.autoencoder = artifact.load().to(device)
         loaded = load_encoders(config, device)
-        dtype = getattr(torch, config.online.text_dtype)
+        dtype, zero = getattr(torch, config.online.text_dtype), denoiser_weights.zero_when_dropped(config)
         self.embedders: list[CaptionEmbedder | PictureEmbedder] = [
             PictureEmbedder(one, dtype) if isinstance(one, ImageEncoder) else CaptionEmbedder(one, dtype)
             for one, _ in loaded
@@ -143,8 +146,9 @@ class OnlineLatents:
             autoencoder_fingerprint=artifact.fingerprint,
             scale=artifact.scale,
             texts=tuple(TextSource.of(*one) for one in loaded),
-            empty=empty(config.denoiser, [one.nothing() for one, _ in loaded]),
+            empty=empty(config.denoiser, [one.nothing() for one, _ in loaded], zero=zero),
             size=max(config.buckets.sizes, default=config.size),
+            zero_when_empty=zero,
         )
         self.feed = Feed.open(config, encoded_by=[str(one) for one in self.space.facts.values()])
         self.space = dataclasses.replace(self.space, classes=class_names(self.feed.sets[0]))
@@ -231,21 +235,26 @@ def by_encoder(encoders: Sequence[Named], value: Callable[[Named], str]) -> dict
     return {f"text_encoder.{one.name}" if i else "text_encoder": value(one) for i, one in enumerate(encoders)}
 
 
-def empty(net: DenoiserConfig, texts: Sequence[TextEmbedding]) -> Conditions:
-    """What stands for "not told": the empty caption's embeddings, and the null class."""
-    return Conditions(texts=tuple(texts), labels_B=None if net.classes is None else torch.tensor([net.classes]))
+def empty(net: DenoiserConfig, texts: Sequence[TextEmbedding], *, zero: bool = False) -> Conditions:
+    """What stands for "not told": the empty caption's embeddings, or zeros in their places, and the null class."""
+    return Conditions(
+        texts=denoiser_inputs.zeroed(texts) if zero else tuple(texts),
+        labels_B=None if net.classes is None else torch.tensor([net.classes]),
+    )
 
 
 def _space_of(described: LatentStore, config: Train) -> LatentSpace:
     texts = described.texts[: combination.taken(config.denoiser, len(described.texts))]
+    zero = denoiser_weights.zero_when_dropped(config)
     return LatentSpace(
         autoencoder_uri=autoencoder_uri(config, described.autoencoder_uri),
         autoencoder_fingerprint=described.autoencoder_fingerprint,
         scale=described.scale,
         texts=texts,
-        empty=empty(config.denoiser, described.empty_prompts(texts)),
+        empty=empty(config.denoiser, described.empty_prompts(texts), zero=zero),
         size=described.size,
         frames=described.frames,
         fps=described.fps,
         classes=described.classes,
+        zero_when_empty=zero,
     )

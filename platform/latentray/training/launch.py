@@ -10,11 +10,14 @@ import sys
 from latentray.checkpoint import manifest, store
 from latentray.config import compose
 from latentray.config.train import Train
-from latentray.errors import Stopped
+from latentray.errors import Interrupted, Stopped
+from latentray.interchange import resolving
 from latentray.training import here, on_ray, preflight, report, telemetry
 
-RESULTS = {"autoencoder": "autoencoder", "diffusion": "model"}
+RESULTS = {"autoencoder": "autoencoder", "diffusion": "model", "classifier": "classifier"}
 """The artifact each stage leaves in its run's folder."""
+MODELS = {"autoencoder_from": "autoencoder", "denoiser_from": "model"}
+"""The settings that name models, and what each has to be."""
 
 
 def train(config: Train) -> str:
@@ -22,16 +25,20 @@ def train(config: Train) -> str:
 
     Raises before any worker starts: InputMissing, DigestMismatch or FingerprintMismatch for data or a run that cannot be
     used, ConfigError for settings that contradict each other, EnvironmentRefused for a full disk or W&B without a key.
-    Raises Stopped where it was asked to stop; TrainingFailed where the workers died more often than allowed.
+    Raises Stopped where it was asked to stop, Interrupted by Ctrl-C; TrainingFailed where the workers died more often than
+    allowed.
     """
     run = config.run or new_run_id(config.stage.name)
     out = store.absolute(config.out or store.join("runs", run))
     result = store.join(out, RESULTS[config.stage.name])
+    store.require_reachable(out)
     finished = manifest.find(result)
     if finished is not None:
         print(f"{run} is finished: {result}", flush=True)
         return result
-    inputs = preflight.check(config, out)
+    found = resolving.resolved(config, MODELS, beside=out)
+    inputs = preflight.check(found, out)
+    config = resolving.kept(found, MODELS, of=config, beside=out)
     print(f"run {run} -> {out}")
     print(f"resume it with: {resume_command(run, out)}", flush=True)
     train_there = {"none": here.train, "ray": on_ray.train}[config.cluster.kind]
@@ -41,11 +48,14 @@ def train(config: Train) -> str:
         state = "finished" if train_there(config, run, out) else "stopped"
         if state == "finished" and leads:
             _seal_run(config, run, out, result, inputs)
+    except KeyboardInterrupt:
+        state = "stopped"
+        raise Interrupted("The run was interrupted.", where=out, mend=resume_command(run, out)) from None
     finally:
         if leads and store.exists(store.join(out, telemetry.RUN)):  # a worker began
             _report(run, out, state)
     if state == "stopped":
-        raise Stopped("The run was stopped, as asked, after a checkpoint.", where=out, mend=resume_command(run, out))
+        raise Stopped("The run was stopped, as asked.", where=out, mend=resume_command(run, out))
     return result
 
 

@@ -18,6 +18,7 @@ from latentray.reporting.progress import Progress
 from latentray.tracking import names
 from latentray.training import checkpoint, export, policies
 from latentray.training.checkpoint import Checkpoints, Saved
+from latentray.training.classifier_stage import ClassifierStage
 from latentray.training.clock import CAUSES, CHECKPOINTS, Clock
 from latentray.training.ema import EMA
 from latentray.training.engine import Engine
@@ -34,7 +35,11 @@ from latentray.training.watchdog import Watchdog
 _ASK_EVERY_S = 5.0
 """A cloud tells of a node that it takes back half a minute to two minutes before; asking is a round trip of all ranks."""
 
-STAGES: dict[str, Callable[[Worker], Stage]] = {"autoencoder": AutoencoderStage, "diffusion": DiffusionStage}
+STAGES: dict[str, Callable[[Worker], Stage]] = {
+    "autoencoder": AutoencoderStage,
+    "diffusion": DiffusionStage,
+    "classifier": ClassifierStage,
+}
 
 
 class Stage(Protocol):

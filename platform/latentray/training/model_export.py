@@ -15,12 +15,12 @@ from latentray.data.shards import IndexedShards
 from latentray.errors import DataError, DigestMismatch
 from latentray.evaluation import autoencoders
 from latentray.inference import model_folder
-from latentray.inference.examples import example
+from latentray.inference.examples import example, given, repair
 from latentray.inference.sampling import TextToImage
 from latentray.records import LATENT_MEMBER, PICTURE_SUFFIXES
 from latentray.reporting import pictures
 from latentray.tracking import names
-from latentray.training import latent_supply
+from latentray.training import denoiser_weights, latent_supply
 from latentray.training.export import Exported
 from latentray.training.feed import Feed
 from latentray.training.latent_supply import LatentSpace
@@ -50,7 +50,7 @@ def model(
     digests = latent_supply.by_encoder(encoders, lambda one: one.digest)
     lineage = dict(inputs) | {"autoencoder": artifact.digest} | digests
     samples = feed.order.samples_before(feed.order.steps_to(config.total_samples))
-    meta = {"run": worker.run, "samples": samples, **facts}
+    meta = {"run": worker.run, "samples": samples, **denoiser_weights.origin(config), **facts}
     uri = store.join(worker.out, "model")
     with store.staging() as folder:
         model_folder.write(
@@ -68,6 +68,8 @@ def model(
             frames=space.frames,
             fps=space.fps,
             classes=space.classes,
+            zero_when_empty=space.zero_when_empty,
+            latents=artifact.fingerprint,
         )
         listing = manifest.publish(
             folder, uri, kind="model", inputs=lineage, config=compose.to_dict(config), meta=meta, replace=True
@@ -87,23 +89,13 @@ def model(
 def sample_grid(model_uri: str, training: IndexedShards, device: str) -> np.ndarray:
     """Pictures or clips drawn from captions of the training set, as one sheet, uint8 (H, W, 3)."""
     sampler = TextToImage.load(model_uri, device=device)
-    if sampler.makes_larger:
-        originals = autoencoders.load_pictures(training, sampler.size, limit=_SAMPLES)
-        captions = autoencoders.load_captions(training, limit=_SAMPLES)
-        labels = autoencoders.load_labels(training, limit=_SAMPLES)
-    else:
-        found = sorted(set(_told(training, 8 * _SAMPLES))) or [("", -1)]
-        chosen = [found[i] for i in autoencoders.spread(len(found), _SAMPLES)]
-        captions, labels = [caption for caption, _ in chosen], [label for _, label in chosen]
-        originals = None
+    if sampler.makes_larger or sampler.takes_mask:
+        return _repaired(sampler, training)
+    found = sorted(set(_told(training, 8 * _SAMPLES))) or [("", -1)]
+    chosen = [found[i] for i in autoencoders.spread(len(found), _SAMPLES)]
+    captions, labels = [caption for caption, _ in chosen], [label for _, label in chosen]
     requests = [
-        example(
-            sampler,
-            caption,
-            seed=number,
-            label=label,
-            original_HWC=None if originals is None else originals[number],
-        )
+        example(sampler, caption, seed=number, label=label)
         for number, (caption, label) in enumerate(zip(captions, labels, strict=True))
     ]
     if sampler.classes is not None:
@@ -113,6 +105,24 @@ def sample_grid(model_uri: str, training: IndexedShards, device: str) -> np.ndar
     if sampler.frames:
         return np.asarray(pictures.filmstrips(drawn, captions, scale=scale))
     return np.asarray(pictures.grid(drawn, columns=6, captions=captions, scale=scale))
+
+
+def _repaired(sampler: TextToImage, training: IndexedShards) -> np.ndarray:
+    """What a model that is given a picture made of some of the training set, between what it was given and the originals."""
+    originals = autoencoders.load_pictures(training, sampler.size, limit=_SAMPLES)
+    captions = autoencoders.load_captions(training, limit=_SAMPLES)
+    labels = autoencoders.load_labels(training, limit=_SAMPLES)
+    requests = [
+        repair(sampler, caption, original, seed=number, label=label)
+        for number, (caption, original, label) in enumerate(zip(captions, originals, labels, strict=True))
+    ]
+    rows: dict[str, pictures.Row] = {
+        "given": [next(iter(given(one).values())) for one in requests],
+        "drawn": [one.pixels_HWC for one in sampler.sample(requests)],
+        "original": originals,
+    }
+    scale = 2 if sampler.size <= 128 else 1
+    return np.asarray(pictures.stacked(rows, columns=6, scale=scale, captions=captions))
 
 
 def _told(training: IndexedShards, count: int) -> Iterator[tuple[str, int]]:

@@ -54,7 +54,9 @@ def train(config: Train, run: str, out: str) -> bool:
     from latentray.data import cluster
 
     cluster.connect(config.cluster.address)
-    use_gpu = _use_gpu(config, ray.cluster_resources().get("GPU", 0))
+    has = ray.cluster_resources()
+    use_gpu = wants_gpus(config, has.get("GPU", 0))
+    require_cpus(config, has.get("CPU", 0), grows=bool(config.cluster.address or os.environ.get("RAY_ADDRESS")))
     stopping.clear(out)
     launch = secrets.token_hex(3)
     folder = store.join(out, _FOLDER)
@@ -83,8 +85,8 @@ def train(config: Train, run: str, out: str) -> bool:
         ),
     )
     try:
-        with _stop_on_sigterm(out), _drawn(board):
-            trainer.fit()
+        with stopping.handed_on(out, lambda: _asked(board.idle_s.remote())) as asked, _drawn(board):
+            _fit(trainer)
     except ray.train.TrainingFailedError as error:
         own = _raised(board) or known_cause(error)
         if own is not None:
@@ -97,8 +99,21 @@ def train(config: Train, run: str, out: str) -> bool:
     own = _raised(board)
     if own is not None:
         raise own
-    store.delete(folder)
-    return not stopping.requested(out)
+    with contextlib.suppress(OSError):  # of a store that is out: how the run ended is known
+        store.delete(folder)
+    return not (asked.is_set() or stopping.requested(out))
+
+
+def _fit(trainer: Any) -> None:
+    """`trainer.fit()`, where Ctrl-C is a KeyboardInterrupt: Ray takes it for itself, ends the workers and exits with code 1."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit()
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 def _board() -> Any:
@@ -120,28 +135,32 @@ def _asked(reference: Any, otherwise: Any = None) -> Any:
     return otherwise
 
 
-def _use_gpu(config: Train, gpus: float) -> bool:
+def wants_gpus(config: Train, has: float) -> bool:
+    """Whether each worker takes a GPU. Raises ConfigError where the cluster has some, but too few: to train on its CPUs
+    instead is never what was meant."""
     wanted = config.cluster.min_workers or config.cluster.workers
-    if config.cluster.device == "cuda" and gpus < wanted:
+    taken = config.cluster.device == "cuda" or (config.cluster.device == "auto" and has > 0)
+    if taken and has < wanted:
         raise ConfigError(
-            f"{wanted} workers want a GPU each; the cluster has {gpus:g}.",
+            f"{wanted} workers want a GPU each; the cluster has {has:g}.",
             where="cluster.workers",
-            mend="Lower cluster.workers, or set cluster.device=auto.",
+            mend="Lower cluster.workers, or set cluster.device=cpu.",
         )
-    return config.cluster.device != "cpu" and gpus >= wanted
+    return taken
 
 
-@contextlib.contextmanager
-def _stop_on_sigterm(out: str) -> Iterator[None]:
-    """SIGTERM to the driver asks the workers to save a checkpoint and end; `fit` then comes back by itself."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
+def require_cpus(config: Train, has: float, *, grows: bool) -> None:
+    """Raise ConfigError for more workers than the CPUs of a cluster that never `grows`: Ray would wait for them for ever."""
+    wanted = (config.cluster.min_workers or config.cluster.workers) * config.cluster.cpus_per_worker
+    if wanted <= has:
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: stopping.request(out))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    if not grows:
+        raise ConfigError(
+            f"The workers want {wanted:g} CPUs; this machine has {has:g}.",
+            where="cluster.workers",
+            mend="Lower cluster.workers or cluster.cpus_per_worker, or give cluster.address=<a larger cluster>.",
+        )
+    print(f"waiting for nodes: the workers want {wanted:g} CPUs, and the cluster has {has:g}", flush=True)
 
 
 @contextlib.contextmanager
@@ -188,16 +207,18 @@ def _work(config: dict[str, Any], run: str, out: str, board: Any) -> None:
         leaving=_leaving,
         progress=functools.partial(Told, board.say.remote) if _asked(board.drawn.remote(), False) else Progress.begin,
     )
+    sign = board_module.at_work(board.sign.remote) if rank == 0 else contextlib.nullcontext()
     try:
-        finished = work(
-            compose.from_dict(Train, config),
-            run,
-            out,
-            rank=rank,
-            world=context.get_world_size(),
-            device=device_of("cuda" if torch.cuda.is_available() else "cpu", context.get_local_rank()),
-            hooks=hooks,
-        )
+        with sign:
+            finished = work(
+                compose.from_dict(Train, config),
+                run,
+                out,
+                rank=rank,
+                world=context.get_world_size(),
+                device=device_of("cuda" if torch.cuda.is_available() else "cpu", context.get_local_rank()),
+                hooks=hooks,
+            )
     except LatentrayError as error:
         _asked(board.fail.remote(_told(error)))
         raise

@@ -33,20 +33,6 @@ def build(
     return BUILDERS[config.name](module, config, muon)
 
 
-def require_compiler() -> None:
-    """Raise ConfigError where torch.compile has no C++ compiler to call."""
-    from torch._inductor import cpp_builder, exc
-
-    try:
-        cpp_builder.get_cpp_compiler()
-    except (exc.InvalidCxxCompiler, OSError):
-        raise ConfigError(
-            "Compiling the network, or Muon's kernels, needs a C++ compiler, and none was found.",
-            where="compile",
-            mend="Install g++ (or name another by the variable CXX), or set compile=false and another optimizer than muon.",
-        ) from None
-
-
 def _trained(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from latentray.errors import ArtifactError
+from latentray.errors import ArtifactError, WeightsMismatch
 
 WEIGHT, EMA = "weight", "ema"
 CODEBOOK = "codebook"
@@ -183,10 +183,10 @@ def restore(pieces: Pieces, state: str, fragments: Sequence[Fragment], partition
 
 
 def require_same(pieces: Pieces, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ArtifactError unless the files hold these very parameters; it names the first that differs."""
+    """Raise WeightsMismatch unless the files hold these very parameters; it names the first that differs."""
     wrong = [name for name in {**shapes, **pieces.shapes} if shapes.get(name) != pieces.shapes.get(name)]
     if wrong:
-        raise ArtifactError(
+        raise WeightsMismatch(
             f"The checkpoint is of another network: {wrong[0]!r} is {pieces.shapes.get(wrong[0], 'missing')} there, "
             f"{shapes.get(wrong[0], 'missing')} here; {len(wrong) - 1} more differ.",
             where=pieces.where,

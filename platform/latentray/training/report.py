@@ -21,7 +21,7 @@ from latentray.training.run_figures import Records
 logger = logging.getLogger(__name__)
 
 PAGE = "report.html"
-RESULTS = ("autoencoder", "model")
+RESULTS = ("autoencoder", "model", "classifier")
 """The artifacts that runs leave in their folders."""
 
 
@@ -95,6 +95,8 @@ def next_command(kind: str, result: str, config: Mapping[str, Any]) -> str:
         mixed = (config.get("mixture") or {}).get("of") or [{}]
         data = config.get("data") or mixed[0].get("uri") or "..."
         return f"python -m jobs.precompute_latents data={data} autoencoder_from={result} out=..."
+    if kind == "classifier":
+        return f"python -m jobs.sample release=... classifier={result} label=0 classifier_scale=2.0"
     family = str((config.get("denoiser") or {}).get("family"))
     return f"python -m jobs.evaluate model={result} {_EVALUATED.get(family, 'data=...')}"
 

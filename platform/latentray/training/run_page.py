@@ -78,6 +78,12 @@ CHARTS = (
     Chart(title="Adaptive weight", metrics={names.AUTOENCODER_ADAPTIVE_WEIGHT: "weight"}, log_y=True),
     Chart(title="Codebook's perplexity", metrics={names.CODEBOOK_PERPLEXITY: "perplexity"}, y_label="vectors"),
     Chart(title="Codebook in use", metrics={names.CODEBOOK_USAGE: "usage"}, y_label="share of its vectors"),
+    Chart(
+        title="Accuracy",
+        metrics={names.CLASSIFIER_ACCURACY: "all noise levels"}
+        | {names.accuracy_at(third): f"{third} third" for third in ("low", "middle", "high")},
+        y_label="share of classes found",
+    ),
     Chart(title="Learning rate", metrics={names.TRAIN_LEARNING_RATE: "learning rate"}, smooth=False),
     Chart(title="Gradient norm", metrics={names.TRAIN_GRADIENT_NORM: "norm"}, log_y=True),
     Chart(title="Throughput", metrics={names.TRAIN_SAMPLES_PER_SECOND: "samples/s"}, y_label="samples/s"),

@@ -41,6 +41,9 @@ class MicroBatch:
 class DiffusionStage:
     """What the loop needs of stage 2: the engine, batches, one step, and the model folder at the end."""
 
+    network = "denoiser"
+    """What checkpoints call the network that is trained."""
+
     def __init__(self, worker: Worker) -> None:
         config = worker.config
         self.worker, self.stage, self.objective = worker, config.stage, config.objective
@@ -53,7 +56,7 @@ class DiffusionStage:
         if self.initial is not None:
             self.initial.fill(net)
         self.engine = Engine(net, config, world=worker.world, device=worker.device)
-        self.engines = {"denoiser": self.engine}
+        self.engines = {self.network: self.engine}
         self.empty = self.space.empty.to(worker.device, torch.float32)
 
     def batches(
@@ -86,24 +89,9 @@ class DiffusionStage:
 
     def step(self, micro: MicroBatch, samples: int) -> dict[str, Tensor]:
         """Forward, backward and step on one micro-batch; metrics are means over it, detached."""
-        seed, device, batch = self.worker.config.seed, self.worker.device, micro.latents
-
-        def keys(purpose: Purpose) -> Tensor:
-            return randomness.keys_of(seed, purpose, batch.ids, device=device)
-
-        latent = batch.mean_BChw.to(device)
-        if self.stage.latent == "draw" and batch.logvar_BChw is not None:
-            noise = randomness.normal(keys(Purpose.POSTERIOR), latent.shape[1:])
-            latent = Posterior(mean_BChw=latent, logvar_BChw=batch.logvar_BChw.to(device)).draw(noise)
-        x0 = self.space.scale.normalise(latent)
-        u = self._spread(randomness.uniform(keys(Purpose.TIMESTEP)), micro, samples)
-        t = timesteps.from_uniform(self.objective, self.schedule, u)
-        noise = randomness.normal(keys(Purpose.NOISE), x0.shape[1:])
-        if self.objective.offset_noise:
-            offset = randomness.normal(keys(Purpose.OFFSET_NOISE), x0.shape[-3:-2])
-            noise = losses.offset_noise(noise, offset, self.objective.offset_noise)
-        noised = losses.noised(self.objective, self.schedule, x0, noise, t)
-        given = self._dropped(batch.given.to(device, torch.float32), keys)
+        batch, device = micro.latents, self.worker.device
+        x0, noised = self.noised(micro, samples)
+        given = self._dropped(batch.given.to(device, torch.float32), self._keys(batch))
         told = denoiser_inputs.told(self.worker.config.denoiser, given).to(self.engine.dtype)
         y, v = variance.split(self.objective, told.call(self.engine, noised.x_BChw.to(self.engine.dtype), noised.t_B))
         counts = None if batch.counts_B is None else batch.counts_B.to(device)
@@ -114,6 +102,27 @@ class DiffusionStage:
         self.engine.backward(loss)
         self.engine.step()
         return {names.TRAIN_LOSS: loss.detach()}
+
+    def noised(self, micro: MicroBatch, samples: int) -> tuple[Tensor, losses.Noised]:
+        """The clean latents of a micro-batch, normalised, and what becomes of them at the noise levels that are drawn."""
+        batch, keys = micro.latents, self._keys(micro.latents)
+        latent = batch.mean_BChw.to(self.worker.device)
+        if self.stage.latent == "draw" and batch.logvar_BChw is not None:
+            noise = randomness.normal(keys(Purpose.POSTERIOR), latent.shape[1:])
+            latent = Posterior(mean_BChw=latent, logvar_BChw=batch.logvar_BChw.to(latent.device)).draw(noise)
+        x0 = self.space.scale.normalise(latent)
+        u = self._spread(randomness.uniform(keys(Purpose.TIMESTEP)), micro, samples)
+        t = timesteps.from_uniform(self.objective, self.schedule, u)
+        noise = randomness.normal(keys(Purpose.NOISE), x0.shape[1:])
+        if self.objective.offset_noise:
+            offset = randomness.normal(keys(Purpose.OFFSET_NOISE), x0.shape[-3:-2])
+            noise = losses.offset_noise(noise, offset, self.objective.offset_noise)
+        return x0, losses.noised(self.objective, self.schedule, x0, noise, t)
+
+    def _keys(self, batch: LatentBatch) -> Callable[[Purpose], Tensor]:
+        """What each sample's draws are keyed by."""
+        seed, device = self.worker.config.seed, self.worker.device
+        return lambda purpose: randomness.keys_of(seed, purpose, batch.ids, device=device)
 
     def _dropped(self, given: Conditions, keys: Callable[[Purpose], Tensor]) -> Conditions:
         """Conditions with some samples' captions and labels left out, for classifier-free guidance."""

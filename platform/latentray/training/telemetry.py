@@ -26,7 +26,10 @@ RUN = "run.json"
 
 
 class Telemetry:
-    """Collects the metrics of the steps between two flushes; logs their means over all ranks."""
+    """Collects the metrics of the steps between two flushes; logs their means over all ranks.
+
+    A metric is a number, or two: a sum and what it is a sum over, such as samples of a kind that not every micro-batch has.
+    """
 
     def __init__(
         self,
@@ -76,9 +79,11 @@ class Telemetry:
         order = sorted(self._sums)
         logged: dict[str, float] = {}
         if order:  # none where every step was dropped
-            means = torch.stack([self._sums[name] / self._counts[name] for name in order])
-            dist.all_reduce(means)
-            logged = dict(zip(order, (means / self.worker.world).tolist(), strict=True))
+            pairs = torch.stack([_sum_and_count(self._sums[name], self._counts[name]) for name in order])
+            dist.all_reduce(pairs)
+            totals, counts = pairs.unbind(1)
+            means = zip(order, (totals / counts).tolist(), counts.tolist(), strict=True)
+            logged = {name: mean for name, mean, count in means if count}
         now = time.perf_counter()
         logged |= about
         peak = torch.tensor([peak_memory_bytes(self.worker.device)], dtype=torch.int64, device=self.worker.device)
@@ -124,6 +129,11 @@ class Telemetry:
         if self.tracker.sync_command:
             print(f"W&B was offline; upload the run later with: {self.tracker.sync_command}", flush=True)
         self.upload()
+
+
+def _sum_and_count(total: Tensor, count: int) -> Tensor:
+    """(2,): of a metric that is one number its mean and 1, so that each rank counts alike."""
+    return total if total.ndim else torch.stack([total / count, torch.ones_like(total)])
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from latentray import build
 from latentray.config.train import Train
+from latentray.errors import ConfigError
 from latentray.training import loop
 from latentray.training.state import Worker
 
@@ -31,9 +32,16 @@ def _shared_attempt(rank: int) -> str:
 
 
 def device_of(name: str, local_rank: int) -> torch.device:
-    """The device of a worker: its own GPU, or the CPU."""
-    device = build.device(name)
+    """The device of a worker: its own GPU, or the CPU. Raises ConfigError where this machine has no GPU for it."""
+    device = build.device(name, where="cluster.device")
     if device.type == "cuda":
+        there = torch.cuda.device_count()
+        if local_rank >= there:
+            raise ConfigError(
+                f"Worker {local_rank + 1} of this machine has no GPU of its own: there are {there}.",
+                where="cluster.device",
+                mend=f"Start at most {there} workers here (torchrun --nproc-per-node), or use cluster.device=cpu.",
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     return device

@@ -130,6 +130,11 @@ def test_the_wrong_kind_and_an_unknown_format_are_refused(folder, tmp_path):
         manifest.read(uri, kind="dataset")
     raw = store.read_json(store.join(uri, manifest.NAME))
     store.write_json(store.join(uri, manifest.NAME), raw | {"format": 99})
+    with pytest.raises(DigestMismatch, match="changed after it was written"):
+        manifest.read(uri)
+    del raw["checksum"]
+    later = raw | {"format": 99}
+    store.write_json(store.join(uri, manifest.NAME), later | {"checksum": store.digest_of(later)})
     with pytest.raises(ArtifactError, match="format 99"):
         manifest.read(uri)
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import socket
 import types
 
 import pytest
@@ -144,6 +145,47 @@ def test_a_full_disk_is_refused_and_a_remote_target_is_not_asked(tmp_path, monke
     with pytest.raises(EnvironmentRefused, match="10 MiB free, about 20 MiB needed"):
         store.require_space(tmp_path / "not" / "yet", 20 << 20)
     store.require_space("s3://bucket/out", 20 << 20)
+
+
+def refusal(check, uri: str) -> EnvironmentRefused:
+    with pytest.raises(EnvironmentRefused, match="Nothing can be written there: ") as caught:
+        check(uri)
+    assert caught.value.where == uri
+    assert "out=<path or s3 URI>" in caught.value.mend
+    return caught.value
+
+
+def test_what_can_be_written_is_left_as_it_was(root):
+    store.write_bytes(store.join(root, "kept"), b"x")
+    for uri in (root, store.join(root, "not", "yet")):
+        store.require_reachable(uri)
+        store.require_writable(uri)
+    assert store.list_files(root) == ["kept"]
+    assert store.list_folders(root) == []
+
+
+def test_a_folder_that_cannot_be_is_refused(tmp_path):
+    (tmp_path / "file").write_bytes(b"x")
+    for uri in (f"{tmp_path}/file", f"{tmp_path}/file/run", "/proc/run"):  # none may write in /proc, root neither
+        store.require_reachable(uri)
+        refusal(store.require_writable, uri)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_bucket_that_is_not_there_is_refused(moto_s3):
+    refusal(store.require_writable, f"s3://{moto_s3.bucket}-other/run")
+
+
+def test_an_endpoint_that_nothing_listens_at_is_refused(moto_s3, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        port = held.getsockname()[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    assert "connect to server" in refusal(store.require_reachable, moto_s3.uri("run")).what
+
+
+def test_a_scheme_that_is_not_known_or_only_read_is_refused():
+    assert "foo://" in refusal(store.require_reachable, "foo://bucket/run").what
+    refusal(store.require_writable, "http://127.0.0.1:9/run")
 
 
 def test_staging_is_gone_afterwards():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from latentray.checkpoint import weights
-from latentray.errors import ArtifactError
+from latentray.errors import ArtifactError, WeightsMismatch
 
 
 def test_a_round_trip_is_exact(tmp_path):
@@ -28,9 +28,10 @@ def test_a_cut_file_is_refused(tmp_path):
 def test_loading_names_the_first_key_that_differs():
     net = nn.Linear(3, 2)
     good = {name: torch.ones_like(value) for name, value in net.state_dict().items()}
-    with pytest.raises(ArtifactError, match=r"weight is \(3, 2\), wanted \(2, 3\); 0 more differ") as caught:
+    with pytest.raises(WeightsMismatch, match=r"weight is \(3, 2\), wanted \(2, 3\); 0 more differ") as caught:
         weights.load_into(net, good | {"weight": torch.ones(3, 2)}, where="somewhere")
     assert caught.value.where == "somewhere"
+    assert isinstance(caught.value, ArtifactError) and isinstance(caught.value, ValueError)
     with pytest.raises(ArtifactError, match=r"bias is missing, wanted \(2,\)"):
         weights.load_into(net, {"weight": good["weight"]}, where="")
     with pytest.raises(ArtifactError, match=r"scale is \(1,\), wanted no such key; 1 more differ"):

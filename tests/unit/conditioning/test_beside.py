@@ -72,3 +72,11 @@ def test_bad_settings_are_refused_by_name(settings, where):
     with pytest.raises(ConfigError) as caught:
         BesideConfig(**settings)
     assert caught.value.where == where
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_made_larger_too(dtype):
+    x = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    large = beside.super_resolution(x.to(dtype), (8, 8))
+    assert large.dtype == dtype
+    torch.testing.assert_close(large.float(), beside.super_resolution(x, (8, 8)), atol=0.02, rtol=0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from latentray.conditioning.combination import combine, taken
-from latentray.conditioning.denoiser_inputs import AESTHETIC_SCORE, dropped, size_of, told
+from latentray.conditioning.denoiser_inputs import AESTHETIC_SCORE, dropped, size_of, told, zeroed
 from latentray.config.denoiser import DenoiserConfig
 from latentray.errors import ConfigError
 from latentray.records import Conditions, TextEmbedding
@@ -53,6 +53,12 @@ def test_numbers_that_tell_samples_apart_are_not_rounded():
     assert torch.equal(found.more["size"], SIZE + 1001) and found.more["labels"].tolist() == [997, 998]
     assert found.context_BLD.dtype == torch.bfloat16
     assert given.to("cpu", torch.bfloat16).labels_B.tolist() == [997, 998]
+
+
+def test_zeros_take_the_places_of_tokens_and_pooled_text_and_mask_nothing():
+    one, other = zeroed([text(3, 4, 4), text(5, 6, 2)])
+    assert not any(x.any() for both in (one, other) for x in (both.tokens_BLD, both.pooled_BD))
+    assert (one.tokens_BLD.shape, other.pooled_BD.shape) == ((2, 3, 4), (2, 2)) and one.mask_BL.all()
 
 
 def test_a_picture_drawn_whole_is_its_own_original():

@@ -2,6 +2,7 @@
 
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -91,7 +92,7 @@ def test_a_remote_artifact_is_loaded(moto_s3, encoder):
     assert store.is_remote(moto_s3.uri("encoder"))
 
 
-@pytest.mark.parametrize("source", ["/nowhere/encoder", "./nowhere", "nobody/no-such-model"])
+@pytest.mark.parametrize("source", ["/nowhere/encoder", "./nowhere", "nobody/no-such-model", "nobody/no name"])
 def test_what_is_not_there_is_refused_without_a_network(source):
     with pytest.raises(InputMissing) as caught:
         text.load(source)
@@ -99,11 +100,31 @@ def test_what_is_not_there_is_refused_without_a_network(source):
     assert "text_encoder.source" in caught.value.mend
 
 
+def test_a_hub_id_may_name_a_revision(folder, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--tiny--clip"
+    shutil.copytree(folder, repository / "snapshots" / ("a" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "v1").write_text("a" * 40)
+    assert text.load("tiny/clip@v1").fingerprint == encoder.fingerprint
+    assert text.load(f"tiny/clip@{'a' * 40}").fingerprint == encoder.fingerprint
+    with pytest.raises(InputMissing):
+        text.load("tiny/clip@v2")
+
+
 def test_an_incomplete_folder_names_what_it_lacks(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "copy" / "model.safetensors").unlink()
     with pytest.raises(ArtifactError, match="lacks model.safetensors"):
         text.load(str(tmp_path / "copy"))
+
+
+def test_pickled_weights_are_refused_with_how_to_convert_them(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "model.safetensors").rename(tmp_path / "copy" / "pytorch_model.bin")
+    with pytest.raises(ArtifactError, match="are a pickle, pytorch_model.bin") as caught:
+        text.load(str(tmp_path / "copy"))
+    assert "safe_serialization=True" in caught.value.mend
 
 
 def test_heads_must_divide_the_width():

@@ -216,6 +216,19 @@ def test_damaged_and_short_clips_are_left_out_counted_and_listed(made, tmp_path,
     }  # fmt: skip
 
 
+def test_a_window_that_no_clip_has_is_refused_before_anything_is_written(made, tmp_path, in_process):
+    out, skip = tmp_path / "out", DamageConfig(policy="skip", max_bad_fraction=0.9)
+    with pytest.raises(
+        ConfigError, match="No clip is long enough for 400 frames at 8 per second.* of 12 frames"
+    ) as caught:
+        precompute.precompute(config(made, out, clip=ClipConfig(frames=400), damage=skip))
+    assert caught.value.where == "clip.frames"
+    assert not out.exists() and not in_process
+    some = made | {"data": write_data(tmp_path / "some", [*moving(0, 2), *moving(2, 1, frames=24)], per_shard=3)}
+    (uri,) = precompute.precompute(config(some, out, clip=ClipConfig(frames=24), damage=skip))
+    assert list(records(uri)) == ["000000002_0"]
+
+
 def test_frames_above_the_limit_are_rejected(made, tmp_path, in_process):
     with pytest.raises(DataError, match="64 x 64 pixels; max_pixels is 4000"):
         precompute.precompute(config(made, tmp_path / "out", max_pixels=4000))

@@ -114,9 +114,10 @@ def test_inception_refuses_other_weights_and_code(tmp_path):
         feature_networks.inception(path)
     ran = tmp_path / "ran"
     torch.save(_Touch(ran), path)
-    with pytest.raises(ArtifactError, match="no weights"):
+    with pytest.raises(ArtifactError, match="no weights") as caught:
         feature_networks.inception(path)
     assert not ran.exists()
+    assert "\x1b" not in str(caught.value) and "can still be loaded" not in str(caught.value)
 
 
 class _Touch:

@@ -1,5 +1,7 @@
 """A model folder with small random networks, in any parameterization."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -27,7 +29,7 @@ def write_model(tmp_path_factory):
     tiny_text_encoder.write(encoder, ["a red circle", "a blue square"], config)
 
     def write(
-        objective: ObjectiveConfig, *, seed: int = 1, denoiser=DENOISER, sampler="ddim", steps=3, frames=0, fps=0.0
+        objective: ObjectiveConfig, *, seed: int = 1, denoiser=DENOISER, sampler="ddim", steps=3, **more: Any
     ) -> str:
         root = tmp_path_factory.mktemp("model")
         weights.save(root / "autoencoder.safetensors", build.seeded(lambda: KLAutoencoder(AUTOENCODER), 0).state_dict())
@@ -43,8 +45,7 @@ def write_model(tmp_path_factory):
             text_encoders=[text.load(str(encoder))],
             defaults=model_folder.SamplingDefaults(sampler=sampler, steps=steps, guidance_scale=2.0),
             size=16,
-            frames=frames,
-            fps=fps,
+            **more,
         )
         manifest.publish(root / "built", root / "published", kind="model")
         return str(root / "published")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -140,7 +142,7 @@ def _refiner(tokenizer: Path) -> Any:
         text_encoder_2=_clip("CLIPTextModelWithProjection", tokenizer, act="gelu"),
         tokenizer_2=transformers.CLIPTokenizer.from_pretrained(tokenizer, pad_token="!"),
         scheduler=diffusers.EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1, **SCALED),
-        requires_aesthetics_score=True,
+        requires_aesthetics_score=True, force_zeros_for_empty_prompt=False,
     )  # fmt: skip
 
 
@@ -192,3 +194,18 @@ def pipeline_folder(tmp_path_factory, clip_tokenizer) -> Callable[[str], Path]:
         return root / name
 
     return folder
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch) -> Callable[..., Path]:
+    """(id, folder, commit) -> the folder as the hub client's cache holds it: a commit's snapshot, which `main` points to."""
+    root = tmp_path / "hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(root))
+
+    def put(name: str, folder: Path, commit: str = "0123456789abcdef0123456789abcdef01234567") -> Path:
+        repository = root / f"models--{name.replace('/', '--')}"
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / "main").write_text(commit)
+        return shutil.copytree(folder, repository / "snapshots" / commit)
+
+    return put

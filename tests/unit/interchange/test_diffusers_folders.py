@@ -74,7 +74,7 @@ def test_there_and_back_changes_no_bit(name, pipeline_folder, there_and_back):
 def test_the_way_back_says_the_same_pipeline(name, there_and_back):
     pipeline, _, back = there_and_back(name)
     again = diffusers_folders.from_diffusers(str(back))
-    for field in ("layout", "denoiser", "autoencoder", "scale", "objective", "size"):
+    for field in ("layout", "denoiser", "autoencoder", "scale", "objective", "size", "zero_when_empty"):
         assert getattr(again, field) == getattr(pipeline, field)
     for one, other in zip(again.encoders, pipeline.encoders, strict=True):
         assert (one.name, one.reading, one.described) == (other.name, other.reading, other.described)
@@ -101,6 +101,29 @@ def test_a_model_that_paints_into_pictures_is_one_here_and_there(there_and_back)
     assert pipeline.paints
     assert TextToImage(model_folder.load(uri), device="cpu").takes_mask
     assert json.loads((back / "model_index.json").read_text())["_class_name"] == "StableDiffusionInpaintPipeline"
+
+
+@pytest.mark.parametrize(("said", "zero"), [(True, True), (False, False), ("absent", True)])
+def test_whether_zeros_stand_for_a_missing_negative_prompt_comes_and_goes(said, zero, pipeline_folder, tmp_path):
+    folder = copied(pipeline_folder, "sdxl", tmp_path)
+    edit(folder / "model_index.json", force_zeros_for_empty_prompt=said)
+    pipeline = diffusers_folders.from_diffusers(str(folder))
+    assert pipeline.zero_when_empty is zero
+    uri = str(tmp_path / "model")
+    model_folders.write(pipeline, uri, defaults=DEFAULTS["sdxl"], config={}, meta={})
+    assert model_folder.load(uri).zero_when_empty is zero
+    for name in ("scratch", "written"):
+        (tmp_path / name).mkdir()
+    diffusers_folders.write(model_folders.read(uri, tmp_path / "scratch")[1], tmp_path / "written", sampler="ddim")
+    index = json.loads((tmp_path / "written" / "model_index.json").read_text())
+    assert index["force_zeros_for_empty_prompt"] is zero
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2", "inpainting", "sd3"])
+def test_pipelines_that_know_no_zeros_embed_the_empty_caption(name, there_and_back):
+    pipeline, uri, back = there_and_back(name)
+    assert not pipeline.zero_when_empty and not model_folder.load(uri).zero_when_empty
+    assert "force_zeros_for_empty_prompt" not in json.loads((back / "model_index.json").read_text())
 
 
 def test_half_precision_stays_half(pipeline_folder, tmp_path):

@@ -84,15 +84,6 @@ def endpoint(pipeline_folder, tmp_path):
     server.server_close()
 
 
-def in_cache(root: Path, folder: Path, name: str = "tiny/sd1") -> Path:
-    """A cache as the client leaves it: files below the snapshot of a commit, and what `main` points to."""
-    repository = root / f"models--{name.replace('/', '--')}"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(COMMIT)
-    shutil.copytree(folder, repository / "snapshots" / COMMIT)
-    return root
-
-
 def run(tmp_path: Path, address: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {
         "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -111,7 +102,11 @@ def test_a_hub_id_is_imported_through_the_job(endpoint, tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"next: python -m jobs.sample release={tmp_path}/model" in done.stdout
     made = manifest.read(f"{tmp_path}/model", kind="model")
-    assert (made.meta["imported_from"], made.meta["base_model"]) == ("tiny/sd1", "tiny/sd1")
+    assert (made.meta["imported_from"], made.meta["base_model"], made.meta["base_commit"]) == (
+        "tiny/sd1",
+        "tiny/sd1",
+        COMMIT,
+    )
     assert "unet/diffusion_pytorch_model.safetensors" in asked
     done = run(tmp_path, address, "weights=tiny/nothing", f"out={tmp_path}/other")
     assert done.returncode == 2
@@ -141,33 +136,32 @@ def test_of_a_repository_on_the_hub_only_what_is_read_is_fetched(endpoint, pipel
     assert caught.value.where == "tiny/nothing"
 
 
-def test_without_a_network_the_clients_cache_is_read(pipeline_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(in_cache(tmp_path, pipeline_folder("sd1"))))
+def test_without_a_network_the_clients_cache_is_read(pipeline_folder, hub_cache):
+    hub_cache("tiny/sd1", pipeline_folder("sd1"), COMMIT)
     found = diffusers_folders.from_diffusers("tiny/sd1")
     assert found.denoiser == diffusers_folders.from_diffusers(str(pipeline_folder("sd1"))).denoiser
     assert diffusers_folders.from_diffusers(f"tiny/sd1@{COMMIT}").denoiser == found.denoiser
 
 
-def test_what_the_cache_lacks_is_refused_with_what_to_do(pipeline_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(in_cache(tmp_path, pipeline_folder("sd1"))))
+def test_what_the_cache_lacks_is_refused_with_what_to_do(pipeline_folder, hub_cache):
+    there = hub_cache("tiny/sd1", pipeline_folder("sd1"), COMMIT)
     for source in ("tiny/sd2", "tiny/sd1@v2", "tiny/sd1/other.safetensors"):
         with pytest.raises(InputMissing, match="the hub did not give it") as caught:
             folders.local(source)
         assert caught.value.where == source
         assert "hf auth login" in caught.value.mend
-    shutil.rmtree(tmp_path / "models--tiny--sd1" / "snapshots" / COMMIT / "vae")
+    shutil.rmtree(there / "vae")
     with pytest.raises(InputMissing) as caught:
         diffusers_folders.from_diffusers("tiny/sd1")
     assert "vae" in caught.value.where
 
 
-def test_a_single_file_and_its_tokenizer_may_be_on_the_hub(pipeline_folder, clip_tokenizer, tmp_path, monkeypatch):
+def test_a_single_file_and_its_tokenizer_may_be_on_the_hub(pipeline_folder, clip_tokenizer, tmp_path, hub_cache):
     pipeline = diffusers_folders.from_diffusers(str(pipeline_folder("sd1")))
     (tmp_path / "file").mkdir()
     single_file.write(pipeline, tmp_path / "file" / "sd1.safetensors")
-    in_cache(tmp_path / "cache", tmp_path / "file", "tiny/file")
-    in_cache(tmp_path / "cache", clip_tokenizer, "tiny/clip")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    hub_cache("tiny/file", tmp_path / "file")
+    hub_cache("tiny/clip", clip_tokenizer)
     path = folders.local("tiny/file/sd1.safetensors")
     found = single_file.from_single_file(path, tokenizer="tiny/clip")
     assert found.denoiser == pipeline.denoiser

@@ -154,10 +154,10 @@ def test_a_single_file_is_handed_out_and_imported(model, clip_tokenizer, tmp_pat
     assert torch.equal(one.tokens_BLD, other.tokens_BLD)
 
 
-def test_a_refused_export_leaves_nothing(model, release, pipeline_folder, tmp_path):
+def test_a_refused_export_leaves_nothing(model, release, tmp_path):
     for config, error in (
         (Export(model=model, to="diffusers", out=f"{tmp_path}/x", sampler="flow_euler"), ConfigError),
-        (Export(model=str(pipeline_folder("sd1")), to="diffusers", out=f"{tmp_path}/x"), InputMissing),
+        (Export(model=f"{tmp_path}/nowhere", to="diffusers", out=f"{tmp_path}/x"), InputMissing),
         (Export(model=f"{store.parent(model)}/autoencoder", to="diffusers", out=f"{tmp_path}/x"), ArtifactError),
         (Export(model="staging", registry=release[0], to="diffusers", out=f"{tmp_path}/x"), InputMissing),
         (Export(model=model, to="diffusers", out=model), AlreadyExists),
@@ -218,3 +218,16 @@ def test_a_shift_of_the_latents_is_moved_into_the_weights_where_the_pipeline_kno
     torch.testing.assert_close(pipeline.scale.normalise(after.encode(picture).mean_BChw), wanted, rtol=1e-4, atol=1e-5)
     drawn = before.autoencoder.decode(before.scale.restore(wanted))
     torch.testing.assert_close(after.decode(pipeline.scale.restore(wanted)), drawn, rtol=1e-4, atol=1e-4)
+
+
+def test_a_native_size_that_the_autoencoder_does_not_divide_is_refused_before_anything_is_written(
+    pipeline_folder, tmp_path
+):
+    factor = diffusers_folders.from_diffusers(str(pipeline_folder("sd1"))).autoencoder.downsampling
+    with pytest.raises(ConfigError) as caught:
+        importing.import_weights(
+            ImportWeights(weights=str(pipeline_folder("sd1")), out=f"{tmp_path}/model", size=8 * factor + 1)
+        )
+    assert caught.value.where == "size"
+    assert f"a multiple of {factor}" in caught.value.mend
+    assert not (tmp_path / "model").exists()

@@ -31,6 +31,11 @@ from transformers import CLIPTokenizer  # noqa: E402
 
 STEPS, SEED, SIZE = 7, 5, 32
 PROMPT, NEGATIVE = "a red circle on white", "blue"
+OTHERWISE = {
+    "sd1_by_flow": ("sd1", ObjectiveConfig(schedule="flow", prediction="flow")),
+    "sd3_discrete": ("sd3", ObjectiveConfig(prediction="v")),
+}
+"""Networks that nobody published a pipeline of: trained on another objective."""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +46,9 @@ def drawn(pipeline_folder, tmp_path_factory):
     @functools.cache
     def load(name, sampler):
         if name not in models:
-            pipeline = diffusers_folders.from_diffusers(str(pipeline_folder(name)))
+            published, objective = OTHERWISE.get(name, (name, None))
+            pipeline = diffusers_folders.from_diffusers(str(pipeline_folder(published)))
+            pipeline.objective = objective or pipeline.objective
             uri = str(root / name)
             defaults = SamplingDefaults(sampler=pipeline.solver.sampler, steps=STEPS, guidance_scale=3.0)
             model_folders.write(pipeline, uri, defaults=defaults, config={}, meta={})
@@ -71,16 +78,24 @@ def ours_in_floats(model, wanted):
 
 
 def theirs_in_floats(pipeline, noise, **more):
+    return by_plain_call(pipeline, noise, negative_prompt=NEGATIVE, **more)
+
+
+def by_plain_call(pipeline, noise, **more):
     return pipeline(
-        PROMPT, negative_prompt=NEGATIVE, num_inference_steps=STEPS, guidance_scale=3.0, latents=noise, height=SIZE,
-        width=SIZE, output_type="np", **more,
+        PROMPT, num_inference_steps=STEPS, guidance_scale=3.0, latents=noise, height=SIZE, width=SIZE,
+        output_type="np", **more,
     ).images[0]  # fmt: skip
 
 
-def noise_of(pipeline, model):
-    channels = model.autoencoder.config.latent_channels
+def first_noise(model):
     side = SIZE // model.downsampling
-    noise = randomness.normal(randomness.keys_from_seeds([SEED], Purpose.INITIAL_LATENT), (channels, side, side))
+    shape = (model.autoencoder.config.latent_channels, side, side)
+    return randomness.normal(randomness.keys_from_seeds([SEED], Purpose.INITIAL_LATENT), shape)
+
+
+def noise_of(pipeline, model):
+    noise = first_noise(model)
     pipeline.scheduler.set_timesteps(STEPS)
     start = float(getattr(pipeline.scheduler, "init_noise_sigma", 1.0))
     # diffusers' Euler schedulers start at sigma times what they get, and mean a state of variance 1 + sigma^2.
@@ -136,14 +151,56 @@ def test_sd3_draws_the_same_picture_over_the_levels_of_a_call(drawn):
     assert np.abs(mine - other).max() < 1e-4
 
 
-def test_an_empty_negative_prompt_is_the_same_to_both(drawn):
-    ours, theirs = drawn("sdxl", "ddim")
+@pytest.mark.parametrize("sampler", ["ddim", "euler"])
+def test_sdxl_draws_the_same_picture_by_the_pipelines_plain_call(sampler, drawn):
+    """Without a negative prompt, whose embeddings are zeros then: the tokens' and the pooled text's."""
+    ours, theirs = drawn("sdxl", sampler)
+    assert theirs.config.force_zeros_for_empty_prompt and ours.model.zero_when_empty
+    mine = ours_in_floats(ours, request(sampler, negative_prompt=None))
+    assert np.abs(mine - by_plain_call(theirs, noise_of(theirs, ours))).max() < 1e-4
+    assert np.abs(mine - ours_in_floats(ours, request(sampler, negative_prompt=""))).max() > 1e-3
+
+
+def test_sdxl_as_it_came_draws_the_same_picture_by_its_plain_call(pipeline_folder, drawn):
+    """With its own scheduler and noise levels, nothing handed out."""
+    ours, _ = drawn("sdxl", "euler")
+    theirs = diffusers.DiffusionPipeline.from_pretrained(pipeline_folder("sdxl"))
+    theirs.set_progress_bar_config(disable=True)
+    theirs.scheduler.set_timesteps(STEPS)
+    highest = float(theirs.scheduler.sigmas[0])
+    start = first_noise(ours) * math.hypot(1, highest) / float(theirs.scheduler.init_noise_sigma)
+    mine = ours_in_floats(ours, request("euler", negative_prompt=None, spacing="leading"))
+    assert mine.std() > 0.05
+    assert np.abs(mine - by_plain_call(theirs, start)).max() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_an_empty_negative_prompt_is_the_same_to_both(name, drawn):
+    ours, theirs = drawn(name, "ddim")
     mine = ours_in_floats(ours, request("ddim", negative_prompt=""))
-    other = theirs(
-        PROMPT, num_inference_steps=STEPS, guidance_scale=3.0, latents=noise_of(theirs, ours), height=SIZE, width=SIZE,
-        output_type="np",
-    ).images[0]  # fmt: skip
+    other = by_plain_call(theirs, noise_of(theirs, ours), negative_prompt="")
     assert np.abs(mine - other).max() < 1e-4
+
+
+def test_a_negative_prompt_that_is_not_given_is_the_empty_one_where_no_zeros_are_learnt(drawn):
+    ours, theirs = drawn("sd1", "ddim")
+    mine = ours_in_floats(ours, request("ddim", negative_prompt=None))
+    assert np.array_equal(mine, ours_in_floats(ours, request("ddim", negative_prompt="")))
+    assert np.abs(mine - by_plain_call(theirs, noise_of(theirs, ours))).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "off"),
+    [
+        ("sd3_discrete", "ddim", 1e-4), ("sd3_discrete", "dpmpp_2m", 1e-4),
+        ("sd1_by_flow", "dpmpp_2m", 5e-3),  # diffusers rounds the times it asks the network at
+    ],
+)  # fmt: skip
+def test_a_network_of_another_objective_draws_the_same_picture(name, sampler, off, drawn):
+    ours, theirs = drawn(name, sampler)
+    mine = ours_in_floats(ours, request(sampler))
+    assert mine.std() > 0.05
+    assert np.abs(mine - theirs_in_floats(theirs, noise_of(theirs, ours))).max() < off
 
 
 def test_the_tokenizers_handed_out_are_clips_with_and_without_tokenizer_json(drawn, tmp_path):

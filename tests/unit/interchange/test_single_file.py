@@ -52,7 +52,7 @@ def states(pipeline):
 @pytest.mark.parametrize("name", NAMES)
 def test_there_and_back_changes_no_bit(name, pipelines, files, read):
     before, after = pipelines[name], read(files / f"{name}.safetensors")
-    for field in ("layout", "denoiser", "autoencoder", "scale", "objective"):
+    for field in ("layout", "denoiser", "autoencoder", "scale", "objective", "zero_when_empty"):
         assert getattr(after, field) == getattr(before, field)
     for one, other in zip(states(before), states(after), strict=True):
         assert set(one) == set(other)
@@ -171,6 +171,22 @@ def test_markers_say_what_sdxl_was_trained_on(pipelines, files, tmp_path, read):
     assert read(tmp_path / "again.safetensors").objective == found.objective
 
 
+def test_a_yaml_says_that_a_dropped_caption_was_the_empty_one(pipelines, files, tmp_path, read):
+    """In sgm's own word; without it SDXL's base reads zeros, its refiner and SD 1 the empty caption."""
+    assert [pipelines[name].zero_when_empty for name in NAMES] == [False, False, True, False]
+    single_file.write(dataclasses.replace(pipelines["sdxl"], zero_when_empty=False), tmp_path / "embedded.safetensors")
+    told = yaml.safe_load((tmp_path / "embedded.yaml").read_text())["model"]["params"]
+    embedders = told["conditioner_config"]["params"]["emb_models"]
+    assert [one.get("legacy_ucg_value") for one in embedders if one["input_key"] == "txt"] == ["", ""]
+    assert not read(tmp_path / "embedded.safetensors").zero_when_empty
+    for name in ("sdxl", "sdxl_refiner"):  # as published: nothing is said of it
+        path = tmp_path / f"{name}.safetensors"
+        path.symlink_to(files / f"{name}.safetensors")
+        lines = (files / f"{name}.yaml").read_text().splitlines()
+        path.with_suffix(".yaml").write_text("\n".join(one for one in lines if "legacy_ucg_value" not in one))
+        assert read(path).zero_when_empty is (name == "sdxl")
+
+
 class _Code:
     def __reduce__(self):
         return exec, ("raise SystemExit('ran')",)
@@ -184,6 +200,7 @@ def test_a_file_whose_reading_would_run_code_is_refused_and_not_run(suffix, tmp_
         read(path)
     assert caught.value.where == str(path)
     assert "safetensors" in caught.value.mend
+    assert "\x1b" not in str(caught.value) and "can still be loaded" not in str(caught.value)
     path.write_bytes(pickle.dumps(_Code()))
     with pytest.raises(ConfigError):
         read(path)

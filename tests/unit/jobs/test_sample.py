@@ -145,9 +145,30 @@ def test_inpainting_from_files_keeps_the_rest(release, tmp_path):
         f"release={release}", "prompt=a red circle", "n=1", f"picture={tmp_path}/picture.png", f"mask={tmp_path}/mask.png",
         f"out={tmp_path}/out.png",
     )  # fmt: skip
-    drawn = np.asarray(Image.open(path))
-    top = next(y for y in range(40) if np.array_equal(drawn[y + 16 : y + 32 : 2, 4:36:2][:, :16], pixels[8:]))
-    assert not np.array_equal(drawn[top : top + 16 : 2, 4:36:2], pixels[:8])
+    # One row of two pictures of 16 pixels, doubled, in cells as wide as words.
+    sheet = np.asarray(Image.open(path))[4:36:2]
+    places = [x for x in range(sheet.shape[1] - 32) if np.array_equal(sheet[8:, x : x + 32 : 2], pixels[8:])]
+    given, drawn = (sheet[:8, x : x + 32 : 2] for x in (places[0], places[-1]))
+    assert np.array_equal(np.unique(given), [205, 240])  # a chequerboard stands where the mask is
+    assert not np.array_equal(drawn, pixels[:8]) and not np.array_equal(drawn, given)
+
+
+def test_what_was_given_begins_every_row(release, write_model, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    model = sampling.TextToImage.load(release, device="cpu")
+    for compare, columns in (("none", 2), ("guidance", 3)):
+        overrides = [f"release={release}", "prompt=x", "n=2", f"compare={compare}", f"picture={tmp_path}/picture.png"]
+        config = compose.load("sample", Sample, overrides)
+        config.compare_values = [] if compare == "none" else [1.0, 2.0, 3.0]
+        sheet = sampling.plan(config, model, ["x"], pixels, None)
+        assert sheet.columns == columns and list(sheet.given) == ["given"]
+        assert np.array_equal(sheet.given["given"], pixels)
+    alone = Image.open(run(f"release={release}", "prompt=x", "n=2", f"out={tmp_path}/alone.png"))
+    edited = Image.open(
+        run(f"release={release}", "prompt=x", "n=2", f"picture={tmp_path}/picture.png", f"out={tmp_path}/edited.png")
+    )
+    assert edited.width > 1.4 * alone.width and edited.height == alone.height
 
 
 def test_a_picture_that_is_cut_is_told_of(release, tmp_path, capsys):

@@ -12,14 +12,18 @@ from latentray import build
 from latentray.config import compose
 from latentray.config.train import Train
 
-NAMES = [name for name in compose.groups()["denoiser"] if "tiny" in name]
+LEARNED = "unet_tiny_sd1 with a learned text encoder"
+WITH = {LEARNED: ["denoiser=unet_tiny_sd1", "denoiser.context_layers=1", "denoiser.context_vocabulary=300"]}
+NAMES = [*(name for name in compose.groups()["denoiser"] if "tiny" in name), *WITH]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_and_backward_are_one_graph(name, checkpointed):
-    overrides = [f"denoiser={name}", f"denoiser.checkpoint_activations={str(checkpointed).lower()}"]
+    overrides = [*WITH.get(name, [f"denoiser={name}"])]
+    overrides += [f"denoiser.checkpoint_activations={str(checkpointed).lower()}"]
+    overrides += ["stage=classifier"] if name.startswith("classifier") else []
     config = compose.load("train", Train, overrides).denoiser
     net = build.seeded(lambda: build.denoiser(config), 0)
     every = {
@@ -35,6 +39,8 @@ def test_forward_and_backward_are_one_graph(name, checkpointed):
         torch.tensor([1.0, 700.0]),
         torch.randn(2, 5, 16),
     )
+    if name == LEARNED:
+        context = torch.randint(0, 300, (2, config.context_tokens, 1))
     conditions = {key: every[key] for key in config.reads}
     graphs: list[torch.fx.GraphModule] = []
 

@@ -1,9 +1,12 @@
 """LPIPS: a gradient for the reconstruction, none for itself, and a backbone whose origin is told."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
-from latentray.errors import ConfigError, InputMissing
+from latentray.errors import ArtifactError, ConfigError, InputMissing
 from latentray.models import perceptual
 
 
@@ -46,6 +49,30 @@ def test_weights_load_from_a_local_file(alex, tmp_path):
     assert not loaded.backbone.is_random
     assert (loaded.backbone.source, loaded.backbone.detail) == ("file", str(tmp_path / "alexnet.pth"))
     assert all(bool((p == 0.01).all()) for p in loaded.net.net.parameters())
+
+
+class Code:
+    """What runs where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def test_a_file_that_holds_no_such_weights_is_refused_and_none_of_its_code_runs(tmp_path):
+    path, mark = tmp_path / "alexnet.pth", tmp_path / "ran"
+    for content in ({"features.0.weight": torch.zeros(1)}, {"other": torch.zeros(1)}, [1, 2], Code(mark)):
+        torch.save(content, path)
+        with pytest.raises(ArtifactError, match="no weights of torchvision's alex") as caught:
+            perceptual.load("alex", weights=str(path))
+        assert caught.value.where == str(path) and caught.value.mend
+    for raw in (b"", b"no weights", path.read_bytes()[:-40]):
+        path.write_bytes(raw)
+        with pytest.raises(ArtifactError, match="no weights"):
+            perceptual.load("alex", weights=str(path))
+    assert not mark.exists()
 
 
 def test_without_a_network_the_backbone_is_random_and_says_why(monkeypatch):

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from latentray import build
 from latentray.config import compose
 from latentray.config.train import DeepSpeedConfig, Train
 from latentray.planning import memory, optimizer_state
 from latentray.planning.accelerators import ACCELERATORS
 from latentray.planning.workload import Linear, Network, Workload
-from latentray.training import optimizers
 from latentray.training.ema import EMA
 from latentray.training.engine import Engine
 
@@ -170,7 +170,7 @@ def living_bytes() -> int:
     ],
 )
 def test_deepspeed_holds_what_the_plan_says(alone, stage, precision, optimizer, monkeypatch):
-    monkeypatch.setattr(optimizers, "require_compiler", lambda: None)
+    monkeypatch.setattr(build, "require_compiler", lambda: None)
     width, layers, bucket = 256, 8, 100_000
     config = _train(
         f"deepspeed=zero{stage}", f"precision={precision}", "global_batch_size=4",

@@ -144,6 +144,8 @@ def test_it_takes_every_setting_of_training():
         ("kl_f8", 83_653_863),
         ("sd15_256", 859_520_964),
         ("sd15_512", 859_520_964),
+        ("sdxl_256", 2_567_463_684),
+        ("sdxl_512", 2_567_463_684),
         ("sdxl_1024", 2_567_463_684),
         ("sd3_medium_1024", 2_028_328_000),
     ],
@@ -153,3 +155,23 @@ def test_the_experiments_at_real_size_fit_on_80_gb(experiment, parameters):
     assert made.networks[0].parameters == parameters
     assert made.own_stage.fits
     assert not made.warnings
+
+
+def test_pictures_that_the_autoencoder_does_not_divide_are_refused(tiny):
+    with pytest.raises(ConfigError) as caught:
+        load("size=100")
+    assert caught.value.where == "size" and "multiple of 8" in caught.value.mend
+    assert load("size=104").size == 104
+    in_buckets = load("size=100", "online.enabled=true", "buckets.sizes=[512]")  # its pictures are multiples of a step
+    assert in_buckets.buckets.sizes == [512]
+
+
+def test_a_run_without_checkpoints_is_told_so(tiny, taken):
+    def told(every: int) -> str:
+        out = io.StringIO()
+        made = of_workload(tiny("gpu=h100", f"checkpoint_every_samples={every}"), *taken)
+        plan_report.show(made, Console(file=out, width=400))
+        return out.getvalue()
+
+    assert "None is written (checkpoint_every_samples=0)" in told(0) and "One each" not in told(0)
+    assert "One each" in told(240) and "None is written" not in told(240)

@@ -86,7 +86,9 @@ def test_what_is_encoded_online_counts_and_is_never_trained(tiny):
 @pytest.mark.parametrize("name", [name for name in compose.groups()["denoiser"] if "tiny" in name])
 @pytest.mark.parametrize("precision", ["bf16", "autocast"])
 def test_every_kind_of_denoiser_is_planned_with_what_it_reads(name, precision):
-    found = workload.measure(train(f"denoiser={name}", f"precision={precision}", "size=128"), gpu=True, text_tokens=9)
+    stage = "classifier" if name.startswith("classifier") else "diffusion"
+    config = train(f"stage={stage}", f"denoiser={name}", f"precision={precision}", "size=128")
+    found = workload.measure(config, gpu=True, text_tokens=9)
     assert found.networks[0].parameters > 0
     assert found.flops["bf16"] > 0
     assert 0 < found.activations.per_sample <= found.peak.per_sample

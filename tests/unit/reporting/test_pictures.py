@@ -57,6 +57,28 @@ def test_pairs_put_each_reconstruction_below_its_original():
     assert np.array_equal(sheet[36:48, left : left + 16], originals[3])
 
 
+def test_stacked_rows_have_captions_below_the_last_alone():
+    rows = {"given": _random(5), "drawn": _random(5)[::-1].copy(), "original": _random(5)}
+    sheet = np.asarray(pictures.stacked(rows, columns=3, captions=list("abcde")))
+    plain = np.asarray(pictures.stacked(rows, columns=3))
+    left = sheet.shape[1] - 3 * (16 + pictures.GAP)
+    for number, row in enumerate(rows.values()):
+        assert np.array_equal(sheet[4 + 16 * number : 16 + 16 * number, left : left + 16], row[0])
+    line = pictures.FONT_SIZE + 3
+    assert sheet.shape[0] == plain.shape[0] + 2 * line
+    assert sheet[48 : 48 + line, left:].min() < 120  # its letters
+    assert np.array_equal(sheet[52 + line : 64 + line, left : left + 16], rows["given"][3])
+
+
+def test_what_a_mask_covers_is_a_chequerboard_and_a_small_picture_is_enlarged_by_its_pixels():
+    (picture,) = _random(1, 32, 32)
+    mask = np.zeros((32, 32), bool)
+    mask[:, 8:] = True
+    shown = pictures.veiled(picture, mask)
+    assert np.array_equal(shown[~mask], picture[~mask]) and np.unique(shown[mask]).tolist() == [205, 240]
+    assert np.array_equal(pictures.enlarged(picture, 3)[::3, 1::3], picture)
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -66,12 +88,11 @@ def test_pairs_put_each_reconstruction_below_its_original():
         lambda: pictures.grid(_random(4), 2, row_labels=["one"]),
         lambda: pictures.pairs(_random(2), _random(3)),
         lambda: pictures.pairs(_random(2)[:0], _random(2)[:0]),
+        lambda: pictures.stacked({"drawn": _random(2)}, captions=["one"]),
     ],
 )
 def test_what_does_not_fit_is_refused(call):
-    with pytest.raises(
-        ValueError, match=r"grid takes|picture is|captions for|row labels for|originals for|no pictures"
-    ):
+    with pytest.raises(ValueError, match=r"grid takes|picture is|captions for|row labels for|as many are wanted"):
         call()
 
 

@@ -39,14 +39,17 @@ class FlatColour:
     frames = 0
     fps = 0.0
     takes_like = False
+    takes_mask = False
+    makes_larger = 0
     classes = None
     class_names = ()
 
     def __init__(self) -> None:
         self.calls: list[int] = []
+        self.asked: list = []
 
     @classmethod
-    def load(cls, uri: str, *, device: str = "auto") -> FlatColour:
+    def load(cls, uri: str, *, device: str = "auto", offload: bool = False, compile: bool = False) -> FlatColour:
         if (Path(uri) / "broken").exists():
             raise RuntimeError("these weights do not fit")
         return cls()
@@ -54,6 +57,7 @@ class FlatColour:
     def sample(self, requests) -> list[Drawn]:
         assert len({(r.height, r.width, r.frames) for r in requests}) == 1, "one size per call"
         self.calls.append(len(requests))
+        self.asked += requests
         if any(r.prompt == "fail" for r in requests):
             raise RuntimeError("out of memory")
         if any(r.prompt == "slow" for r in requests):

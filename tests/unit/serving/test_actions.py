@@ -12,13 +12,13 @@ from latentray.conditioning.observations import Range
 from latentray.config.denoiser import DenoiserConfig
 from latentray.config.objective import ObjectiveConfig
 from latentray.config.serve import ServeConfig
-from latentray.errors import RequestRefused
+from latentray.errors import ConfigError, RequestRefused
 from latentray.inference import policy_folder
 from latentray.inference.acting import ActionRequest, ActionSampler
 from latentray.inference.model_folder import SamplingDefaults
 from latentray.inference.requests import SamplingRequest
-from serving import loading
-from serving.launch import Endpoint, base_url, greeting
+from serving import app, launch, loading
+from serving.greeting import greeting
 from serving.releases import find_release
 
 NET = DenoiserConfig(
@@ -121,6 +121,24 @@ def test_a_policy_draws_nothing(client, route):
     assert answer.json()["error"]["param"] == "model" and "/v1/actions" in answer.json()["error"]["message"]
 
 
+def test_a_policy_changes_no_pictures(client):
+    answer = client.post("/v1/images/edits", json={"image": "", "prompt": "a robot"})
+    assert answer.status_code == 400 and "/v1/actions" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("setting", ["offload", "compile"])
+def test_what_a_policy_has_no_use_for_is_refused_before_it_is_served(release, setting):
+    config = ServeConfig(release=release, allow_anonymous=True, **{setting: True})
+    for refuse in (
+        lambda: loading.load(config, release, "p-1"),
+        lambda: launch.serve(config),
+        lambda: app.build({"release": release, "allow_anonymous": True, setting: True}),
+    ):
+        with pytest.raises(ConfigError, match="one small network") as caught:
+            refuse()
+        assert caught.value.where == setting
+
+
 def test_the_model_says_what_it_is_told(client):
     (first, *_) = client.get("/v1/models").json()["data"]
     told = first["latentray"]
@@ -130,12 +148,8 @@ def test_the_model_says_what_it_is_told(client):
 
 
 def test_the_greeting_shows_the_route_that_it_answers(release):
-    config = ServeConfig(release=release, allow_anonymous=True)
-    found = find_release(config)
-    running = Endpoint(
-        base_url=base_url(config), config=config, first=found, release=found, _owns_serve=False, _owns_ray=False
-    )
-    assert "/v1/actions" in greeting(running) and "/v1/images" not in greeting(running)
+    told = greeting("http://h", find_release(ServeConfig(release=release, allow_anonymous=True)), with_key=False)
+    assert "/v1/actions" in told and "/v1/images" not in told
 
 
 def test_it_warms_up_and_a_request_fails_for_its_own_faults_alone(loaded):

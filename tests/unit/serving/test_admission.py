@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from latentray.errors import RequestRefused
-from serving.admission import Limits, admit, picture_seed, size_of
+from serving.admission import Limits, admit, picture_seed
 from serving.schema import MAX_SEED, ImagesRequest
+from serving.sizes import size_of
 
 
 def limits(config) -> Limits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from latentray.config import compose
 from latentray.config.serve import ServeConfig
 from latentray.errors import ConfigError, EnvironmentRefused, InputMissing
 from serving import app, keys
-from serving.launch import Endpoint, base_url, deploy_schema, greeting, require_free_port
+from serving.greeting import greeting
+from serving.launch import base_url, deploy_schema, require_free_port
 from serving.releases import Release, find_release
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -52,6 +54,7 @@ def test_build_makes_both_deployments_with_the_settings(release):
         "max_replicas": 3,
         "max_batch_size": 6,
         "num_gpus": 1,
+        "offload": True,
     }
     ingress = app.build(args)._bound_deployment
     sampler = ingress.init_args[2]._bound_deployment
@@ -60,6 +63,7 @@ def test_build_makes_both_deployments_with_the_settings(release):
     assert sampler.max_ongoing_requests == 12 and sampler.max_queued_requests == 32
     assert sampler._deployment_config.autoscaling_config.max_replicas == 3
     assert sampler.ray_actor_options["num_gpus"] == 1
+    assert sampler.init_args[0].offload
 
 
 def test_build_refuses_what_cannot_be_served(release, tmp_path):
@@ -134,9 +138,25 @@ def test_the_greeting_asks_for_a_key_only_where_one_is_needed():
     release = Release(id="r-7", uri="releases/r-7")
     closed = ServeConfig(host="0.0.0.0", key_hashes=[keys.hash_of("k")])
     for config, needed in ((closed, True), (ServeConfig(host="::1", allow_anonymous=True), False)):
-        running = Endpoint(
-            base_url=base_url(config), config=config, first=release, release=release, _owns_serve=False, _owns_ray=False
-        )
-        text = greeting(running)
+        text = greeting(base_url(config), release, with_key=bool(config.key_hashes))
         assert ("Authorization" in text) == needed and keys.hash_of("k") not in text
     assert base_url(closed) == "http://127.0.0.1:8000" and "http://[::1]:8000/v1" in text
+
+
+@pytest.mark.parametrize(
+    ("config", "route"),
+    [
+        ({}, "/v1/images/generations"),
+        ({"beside": {"kind": "none"}}, "/v1/images/generations"),
+        ({"beside": {"kind": "super_resolution"}}, "/v1/images/edits"),
+        ({"frames": 16}, "/v1/videos/generations"),
+        ({"policy": {}}, "/v1/actions"),
+    ],
+)
+def test_the_greeting_shows_a_route_that_the_model_answers(tmp_path, config, route):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    manifest.publish(tmp_path / "source", tmp_path / "r-7", kind="release")
+    text = greeting("http://h", Release(id="r-7", uri=str(tmp_path / "r-7")), with_key=False)
+    assert f"http://h{route}" in text and "r-7" in text
+    assert ("generations" in text) == ("generations" in route)

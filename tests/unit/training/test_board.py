@@ -53,6 +53,18 @@ def test_a_board_that_does_not_answer_is_asked_again(capsys):
     assert "8/8 samples" in capsys.readouterr().out
 
 
+def test_a_board_knows_for_how_long_nobody_was_at_work(monkeypatch):
+    monkeypatch.setattr(boards, "_SIGN_EVERY_S", 0.05)
+    board = Board(drawn=False)
+    time.sleep(0.3)
+    assert board.idle_s() >= 0.3, "since the launch, where no worker came"
+    with boards.at_work(board.sign):
+        time.sleep(0.3)
+        assert board.idle_s() < 0.25
+    time.sleep(0.3)
+    assert board.idle_s() >= 0.3
+
+
 def test_the_first_error_is_the_one_that_counts():
     board = Board(drawn=False)
     assert board.failed() is None and not board.drawn()

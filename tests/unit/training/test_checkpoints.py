@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from latentray.checkpoint import manifest, store, weights
 from latentray.config import compose
 from latentray.config.export import Export
 from latentray.config.objective import ObjectiveConfig
 from latentray.config.train import Train
-from latentray.errors import AlreadyExists, ConfigError, DigestMismatch, FingerprintMismatch, InputMissing
-from latentray.training import checkpoint, consolidation, partitions
+from latentray.errors import (
+    AlreadyExists,
+    ArtifactError,
+    ConfigError,
+    DigestMismatch,
+    FingerprintMismatch,
+    InputMissing,
+)
+from latentray.training import checkpoint, consolidation, loop, partitions
 from latentray.training.partitions import Fragment
+from latentray.training.state import Worker
 
 WHOLE = {"weight": torch.arange(10.0), "ema": torch.arange(10.0) / 2, "exp_avg": torch.ones(10)}
 CONFIG = compose.to_dict(Train(objective=ObjectiveConfig(prediction="v")))
@@ -55,6 +66,82 @@ def test_a_damaged_manifest_is_named_and_left_out(tmp_path, capsys):
     assert "checkpoint passed over: The manifest is damaged" in capsys.readouterr().out
 
 
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "flipped": lambda whole: whole.replace(b'"samples": ', b'"samplez": '),
+    "its format": lambda whole: whole.replace(b'"format": 1', b'"format": 3'),
+    "cut": lambda whole: whole[: len(whole) // 2],
+    "empty": lambda whole: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_where_all_manifests_are_damaged_a_run_does_not_begin_again(tmp_path, damage):
+    assert checkpoint.require_sound(str(tmp_path)) == []
+    listings = [Path(write(tmp_path, step), manifest.NAME) for step in (3, 6)]
+    for listing in listings:
+        assert checkpoint.require_sound(str(tmp_path)), "one of them is whole"
+        whole = listing.read_bytes()
+        listing.write_bytes(DAMAGE[damage](whole))
+        assert listing.read_bytes() != whole
+    with pytest.raises(ArtifactError, match="All 2 checkpoints of the run are damaged") as caught:
+        checkpoint.require_sound(str(tmp_path))
+    assert caught.value.where == f"{tmp_path}/checkpoints" and "another run=" in caught.value.mend
+
+
+@pytest.fixture
+def one_rank(tmp_path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def restored(out: str) -> tuple[checkpoint.Saved | None, list[torch.Tensor]]:
+    """What a worker goes on from, and the weights that its engine was given."""
+    given: list[torch.Tensor] = []
+    engine = types.SimpleNamespace(restore=lambda pieces: given.append(pieces.full("weight")["w"]))
+    worker = Worker(
+        config=compose.from_dict(Train, CONFIG),
+        run="r",
+        out=out,
+        rank=0,
+        world=1,
+        device=torch.device("cpu"),
+        attempt="b",
+    )
+    ema = types.SimpleNamespace(engine=None)
+    return checkpoint.Checkpoints(worker, {"denoiser": engine}, ema, inputs=INPUTS).restore(), given
+
+
+def test_a_worker_goes_on_from_the_newest_that_is_whole_and_from_zero_only_where_none_is(tmp_path, one_rank, capsys):
+    assert restored(str(tmp_path / "new")) == (None, [])
+    for step in (3, 6):
+        write(tmp_path, step)
+    listing = Path(write(tmp_path, 9), manifest.NAME)
+    listing.write_bytes(DAMAGE["cut"](listing.read_bytes()))
+    part = tmp_path / "checkpoints" / "000000006-aaa" / "denoiser" / "rank_00001.safetensors"
+    part.write_bytes(part.read_bytes()[:-1])
+    found, given = restored(str(tmp_path))
+    assert found is not None and found.step == 3
+    assert torch.equal(given[0], WHOLE["weight"].reshape(2, 5))
+    assert capsys.readouterr().out.count("checkpoint passed over: ") == 2
+    for listing in tmp_path.glob("checkpoints/*/manifest.json"):
+        listing.write_bytes(DAMAGE["flipped"](listing.read_bytes()))
+    with pytest.raises(ArtifactError, match="All 3 checkpoints"):
+        restored(str(tmp_path))
+
+
+def test_a_worker_keeps_no_copies_of_a_remote_checkpoint(tmp_path, one_rank, moto_s3, monkeypatch):
+    cache, local = tmp_path / "cache", tmp_path / "local"
+    monkeypatch.setenv("LATENTRAY_CACHE", str(cache))
+    write(local, 3)
+    for name in store.list_files(local):
+        store.upload(local / name, moto_s3.uri("run", name))
+    found, given = restored(moto_s3.uri("run"))
+    assert found is not None and torch.equal(given[0], WHOLE["weight"].reshape(2, 5))
+    assert cache.is_dir() and not list(cache.rglob("*.safetensors"))
+    assert restored(moto_s3.uri("run"))[0] is not None, "it is read again from there"
+
+
 def test_retention_keeps_the_newest_and_pinned_ones_and_removes_what_dead_attempts_left(tmp_path):
     for step in (3, 6, 9, 12):
         write(tmp_path, step)
@@ -72,6 +159,17 @@ def saved(tmp_path: Path, **meta) -> checkpoint.Saved:
 
 def test_the_same_settings_go_on_at_any_world_size_and_stage(tmp_path):
     checkpoint.require_like(saved(tmp_path, zero_stage=1), CONFIG | {"seed": 1}, INPUTS | {"autoencoder": "b"}, [])
+
+
+def test_another_commit_is_only_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "git_commit", lambda: "b" * 40)
+    found = saved(tmp_path)
+    assert "written by" not in loop._resumed(found)
+    monkeypatch.setattr(manifest, "git_commit", lambda: "c" * 40)
+    checkpoint.require_like(found, CONFIG, INPUTS, [])
+    assert "at step 3 (written by commit bbbbbbbbbb, this is cccccccccc)" in loop._resumed(found)
+    monkeypatch.setattr(manifest, "git_commit", lambda: "")  # no checkout: nobody knows
+    assert "written by" not in loop._resumed(found)
 
 
 def test_settings_that_differ_are_told_with_both_values_and_what_allows_them(tmp_path):

@@ -109,6 +109,24 @@ def test_both_say_the_same_of_their_encoders_and_of_what_is_left_out(both, kind)
         assert torch.equal(text.tokens_BLD, again.tokens_BLD) and torch.equal(text.pooled_BD, again.pooled_BD)
 
 
+def test_zeros_for_dropped_captions_come_from_either_source(stored, online, both):
+    for load, (plain, _) in zip((stored, online), both("sdxl"), strict=True):
+        space = latent_supply.open_source(load("sdxl", "stage.zero_when_dropped=true"), CPU).space
+        assert (plain.zero_when_empty, space.zero_when_empty) == (False, True)
+        assert all(one.tokens_BLD.any() for one in plain.empty.texts)
+        assert not any(one.tokens_BLD.any() or one.pooled_BD.any() for one in space.empty.texts)
+        assert [one.tokens_BLD.shape for one in space.empty.texts] == [
+            one.tokens_BLD.shape for one in plain.empty.texts
+        ]
+
+
+@pytest.mark.parametrize("kind", ["learned", "class"])
+def test_zeros_stand_for_no_caption_that_is_not_embedded(stored, kind):
+    with pytest.raises(ConfigError) as caught:
+        stored(kind, "stage.zero_when_dropped=true")
+    assert caught.value.where == "stage.zero_when_dropped"
+
+
 @pytest.mark.parametrize("kind", SEVERAL)
 def test_a_fitting_denoiser_is_taken_and_its_encoders_are_lineage(stored, online, made, kind):
     assert checks.check(stored(kind), 1).keys() == {"latents", "autoencoder"}

@@ -25,12 +25,12 @@ def load(*overrides: str) -> Train:
     return compose.load("train", Train, ["cluster=none", "tracking=none", *overrides])
 
 
-def write_model(root: Path, config: DenoiserConfig, *, seed: int = 3) -> str:
+def write_model(root: Path, config: DenoiserConfig, *, seed: int = 3, **more: object) -> str:
     """What `denoiser_from` reads of a model folder."""
     (root / "built").mkdir(parents=True)
     state = build.seeded(lambda: build.denoiser(config), seed).state_dict()
     weights.save(root / "built" / "denoiser.safetensors", state)
-    (root / "built" / "config.json").write_text(json.dumps({"denoiser": build.as_dict(config)}))
+    (root / "built" / "config.json").write_text(json.dumps({"denoiser": build.as_dict(config)} | more))
     manifest.publish(root / "built", root / "model", kind="model")
     return str(root / "model")
 
@@ -110,6 +110,17 @@ def test_a_video_model_does_not_begin_an_image_model(tmp_path):
 def test_weights_of_equal_shapes_that_mean_something_else_are_refused_by_field(image, override, where):
     settings = [one for one in VIDEO if not one.startswith(override.split("=")[0])]
     assert refused(ConfigError, *settings, override, f"denoiser_from={image}").where == where
+
+
+def test_a_dropped_caption_is_what_the_model_it_goes_on_from_reads_unless_the_stage_says_otherwise(image, tmp_path):
+    config = load(*IMAGE)
+    models = {zero: write_model(tmp_path / str(zero), config.denoiser, zero_when_empty=zero) for zero in (True, False)}
+    for said, goes_on_from, zero in (
+        (None, models[True], True), (None, models[False], False), (None, image, False), (None, None, False),
+        (True, models[False], True), (True, None, True), (False, models[True], False),
+    ):  # fmt: skip
+        config.stage.zero_when_dropped, config.denoiser_from = said, goes_on_from  # `image` is of an older form
+        assert denoiser_weights.zero_when_dropped(config) is zero
 
 
 def test_heads_may_be_said_in_another_way(image):

@@ -12,7 +12,7 @@ from torch import nn
 from latentray import build
 from latentray.config import compose
 from latentray.config.cluster import ClusterConfig
-from latentray.config.deepspeed import BLOCKS, DERIVED, REMOVED, DeepSpeedConfig
+from latentray.config.deepspeed import BLOCKS, DERIVED, KINDS, REMOVED, DeepSpeedConfig
 from latentray.config.optimizer import ALLOWED_STAGES, DECAYS, OPTIMIZERS, OptimizerConfig
 from latentray.config.train import Train
 from latentray.errors import ConfigError
@@ -206,7 +206,9 @@ def test_the_blocks_are_those_the_installed_deepspeed_asks_for():
 def test_the_keys_of_blocks_are_those_of_the_installed_deepspeed():
     from deepspeed.compile.config import CompileConfig
     from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
+    from deepspeed.runtime.activation_checkpointing.config import ACT_CHKPT_DEFAULT
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+    from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from deepspeed.runtime.zero.offload_config import (
         DeepSpeedZeroOffloadOptimizerConfig,
@@ -223,6 +225,11 @@ def test_the_keys_of_blocks_are_those_of_the_installed_deepspeed():
     for block, model in theirs.items():
         assert set(BLOCKS[block]) == {field.alias or name for name, field in model.model_fields.items()}, block
     assert set(BLOCKS["flops_profiler"]) == set(DeepSpeedFlopsProfilerConfig({}).__dict__)
+    assert set(KINDS["activation_checkpointing"]) == set(ACT_CHKPT_DEFAULT)
+    assert set(KINDS["aio"]) == set(AIO_DEFAULT_DICT)
+    for block, defaults in (("activation_checkpointing", ACT_CHKPT_DEFAULT), ("aio", AIO_DEFAULT_DICT)):
+        assert all(value is None or type(value) is KINDS[block][key] for key, value in defaults.items()), block
+    assert set(KINDS[""]) <= set(BLOCKS)
 
 
 @pytest.mark.parametrize("key", REMOVED)
@@ -253,6 +260,15 @@ def test_a_removed_block_is_refused_by_name(key):
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler", "optimizer.decay"),
         ({"fp16": {"enabled": True}}, "fp16", "precision"),
         ({"quantum": 1}, "quantum", "Remove"),
+        (
+            {"activation_checkpointing": {"cpu_checkpoint": True}},
+            "activation_checkpointing.cpu_checkpoint",
+            "cpu_checkpointing",
+        ),
+        ({"activation_checkpointing": {"profile": "often"}}, "activation_checkpointing.profile", "true or false"),
+        ({"steps_per_print": "often"}, "steps_per_print", "a whole number"),
+        ({"aio": {"block_size": "much"}}, "aio.block_size", "a whole number"),
+        ({"aio": {"queue_depth": True}}, "aio.queue_depth", "a whole number"),
     ],
 )
 def test_a_block_that_deepspeed_would_not_take_so_is_refused(extra, where, mend):
@@ -301,12 +317,12 @@ def test_offloads_need_something_to_offload_and_a_place():
 
 def test_a_machine_without_a_compiler_is_refused_by_name(monkeypatch, tmp_path):
     assert shutil.which("g++"), "the test needs a machine that has one"
-    optimizers.require_compiler()
+    build.require_compiler()
     from torch._inductor import cpp_builder
 
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "g++"))
     cpp_builder.cpp_compiler_search.cache_clear()
     with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler"):
-        optimizers.require_compiler()
+        build.require_compiler()
     cpp_builder.cpp_compiler_search.cache_clear()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from latentray.checkpoint import manifest
 from latentray.config import compose
 from latentray.config.train import Train
 from latentray.errors import (
@@ -17,7 +18,8 @@ from latentray.errors import (
     FingerprintMismatch,
     InputMissing,
 )
-from latentray.training import here, launch, on_ray, preflight
+from latentray.training import checkpoint, feed, here, launch, on_ray, preflight
+from latentray.training import inputs as checks
 
 
 @pytest.fixture
@@ -117,6 +119,51 @@ def test_parameters_on_a_disk_that_this_machine_cannot_use(refused, monkeypatch)
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
     assert refused(EnvironmentRefused, 2, *nvme).where == "deepspeed.nvme_path"
     refused(ConfigError, 2, "deepspeed=zero2", "deepspeed.offload_optimizer=nvme")
+
+
+@pytest.mark.parametrize(
+    ("extra", "where"),
+    [
+        ("zero_optimization:{overlap_comm:perhaps}", "zero_optimization.overlap_comm"),
+        ("zero_optimization:{reduce_bucket_size:-1}", "zero_optimization.reduce_bucket_size"),
+        ("gradient_allreduce_op:guess", ""),
+    ],
+)
+def test_a_value_that_deepspeed_refuses(refused, extra, where):
+    error = refused(ConfigError, 2, f"deepspeed.extra={{{extra}}}")
+    assert error.where == f"deepspeed.extra.{where}".rstrip(".")
+    assert error.what.startswith("DeepSpeed refuses its configuration: ") and "pydantic" not in error.what
+
+
+def test_a_value_that_deepspeed_takes_reaches_the_worker(refused):
+    with pytest.raises(AssertionError, match="a worker was started"):
+        refused(ConfigError, 2, "deepspeed.extra={zero_optimization:{overlap_comm:false},aio:{block_size:65536}}")
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_a_run_that_would_read_its_data_in_another_order(tiny, inputs, tmp_path, monkeypatch, online):
+    monkeypatch.setattr(here, "train", lambda *_: pytest.fail("a worker was started"))
+    given = tiny.online(inputs) if online else [*tiny.STAGE2, f"latents={inputs['latents']}"]
+
+    def load(*overrides: str) -> Train:
+        return compose.load("train", Train, [*given, f"out={tmp_path / 'run'}", *overrides])
+
+    config = load()
+    encoded_by = ["of the encoders"] if online else []
+    cursor = feed.Feed.open(config, encoded_by=encoded_by).order.cursor(2)
+    meta = {"format": checkpoint.FORMAT, "cursor": cursor.to_dict(), "samples": 2, "world": 1, "clock": {}}
+    manifest.seal(
+        str(tmp_path / "run" / "checkpoints" / "000000002-aaa"), {}, kind="checkpoint", inputs=checks.check(config, 1),
+        config=compose.to_dict(config), meta=meta,
+    )  # fmt: skip
+    other = [("seed=1", "seed"), ("global_batch_size=12", "global_batch_size")]
+    for override, where in [*other] if online else [*other, ("order.depth=3", "data")]:
+        with pytest.raises(FingerprintMismatch) as caught:
+            launch.train(load(override))
+        assert caught.value.where == where
+    for goes_on in ([], ["seed=1", "resume.allow=[data]"]):
+        with pytest.raises(pytest.fail.Exception, match="a worker was started"):
+            launch.train(load(*goes_on))
 
 
 @pytest.mark.parametrize("key", ["in_channels", "out_channels", "context_width"])

@@ -18,6 +18,7 @@ from latentray.training.stopping import Stop
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(stopping, "_EVERY_S", 0.01)
+    monkeypatch.setattr(stopping, "_LOOK_S", 0.01)
 
 
 def eventually(holds: Callable[[], bool]) -> bool:
@@ -108,3 +109,60 @@ def test_a_thread_that_hears_no_signals_trains_all_the_same(tmp_path):
     thread.start()
     thread.join()
     assert inside == [before]
+
+
+def wait(seconds: float) -> float:
+    """As a driver waits for its workers; how long it did."""
+    began = time.monotonic()
+    while time.monotonic() - began < seconds:
+        time.sleep(0.01)
+    return time.monotonic() - began
+
+
+def test_a_driver_hands_the_signal_on_to_workers_and_waits_for_them(quick, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with stopping.handed_on(str(tmp_path), lambda: 0.5) as asked:
+        assert not asked.is_set() and not stopping.requested(str(tmp_path))
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert eventually(lambda: stopping.requested(str(tmp_path)))
+        assert wait(0.3) >= 0.3, "they are at work: it is theirs to end"
+    assert asked.is_set()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_driver_that_was_not_asked_waits_for_workers_for_ever(quick, tmp_path):
+    with stopping.handed_on(str(tmp_path), lambda: 1e6) as asked:
+        assert wait(0.3) >= 0.3
+    assert not asked.is_set() and not stopping.requested(str(tmp_path))
+
+
+def test_a_driver_that_is_asked_leaves_where_nobody_is_at_work(quick, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stopping, "PATIENCE_S", 0.3)
+    before, began = signal.getsignal(signal.SIGTERM), time.monotonic()
+    silent = iter([None, None])  # the board is busy: nobody can tell
+    with stopping.handed_on(str(tmp_path), lambda: next(silent, time.monotonic() - began)) as asked:
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait(30)
+    assert asked.is_set() and 0.3 < time.monotonic() - began < 5
+    assert "no worker is at work: there is nothing to save" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_store_that_is_out_does_not_keep_a_driver(quick, tmp_path, monkeypatch, capsys):
+    def out_of_order(uri, value):
+        raise OSError("no route")
+
+    monkeypatch.setattr(store, "write_json", out_of_order)
+    began, told = time.monotonic(), []
+    with stopping.handed_on(str(tmp_path), lambda: 1e6):
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait(30)
+    assert time.monotonic() - began < 5
+    assert eventually(lambda: told.append(capsys.readouterr().out) or "asked to stop: no route" in "".join(told))
+
+
+def test_ctrl_c_and_errors_pass(quick, tmp_path):
+    for error in (KeyboardInterrupt, OSError):
+        with pytest.raises(error), stopping.handed_on(str(tmp_path), lambda: 0.0):
+            raise error
