@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from jobs import quickstart_report
@@ -69,6 +70,11 @@ def quickstart(config: Quickstart) -> None:
             launch.wait_for_signal(endpoint)
     finally:
         endpoint.stop()
+
+
+def training_workers(wanted: int, *, gpus: int) -> int:
+    """How many train: one for each GPU at most, where there are any; else as many as wanted, on CPUs."""
+    return min(wanted, gpus) or wanted
 
 
 class Stages:
@@ -162,7 +168,7 @@ class Stages:
             f"run=quickstart-{run}",
             f"out={self.out}/{run}",
             f"total_samples={samples}",
-            f"cluster.workers={self.config.workers}",
+            f"cluster.workers={training_workers(self.config.workers, gpus=torch.cuda.device_count())}",
             f"seed={self.config.seed}",
             *extra,
         )

@@ -58,12 +58,17 @@ def absolute(uri: str | Path) -> str:
     return str(uri) if is_remote(uri) else str(local_path(uri).expanduser().absolute())
 
 
+_GS_PATIENCE_S = 60
+
+
 def _remote(uri: str | Path) -> tuple[fs.FileSystem, str]:
     scheme = str(uri).split("://", 1)[0]
     if scheme in ("http", "https"):  # read only; pyarrow has none of its own
         import fsspec
 
         return fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem(scheme))), str(uri)
+    if scheme in ("gs", "gcs") and "?" not in str(uri):  # without credentials it would try for a quarter of an hour
+        uri = f"{uri}?retry_limit_seconds={_GS_PATIENCE_S}"
     filesystem, path = fs.FileSystem.from_uri(str(uri))
     return filesystem, path
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import socket
+import time
 import types
 
 import pytest
@@ -181,6 +182,13 @@ def test_an_endpoint_that_nothing_listens_at_is_refused(moto_s3, monkeypatch):
         port = held.getsockname()[1]
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
     assert "connect to server" in refusal(store.require_reachable, moto_s3.uri("run")).what
+
+
+def test_a_google_bucket_without_credentials_is_refused_in_time(monkeypatch):
+    monkeypatch.setattr(store, "_GS_PATIENCE_S", 1)
+    began = time.monotonic()
+    refusal(store.require_reachable, "gs://bucket/run")
+    assert time.monotonic() - began < 20
 
 
 def test_a_scheme_that_is_not_known_or_only_read_is_refused():

@@ -106,13 +106,13 @@ def test_a_vq_model_decodes_the_nearest_vectors_and_encodes_what_lies_before_the
 
 
 def test_the_decoders_gradient_passes_the_quantisation_straight():
-    net = vq()
-    x = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    net = vq().double()  # norms over a few pixels amplify the rounding of x + (q - x)
+    x = torch.rand(1, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     rec, latent, *_ = net(x)
     (at_latent,) = torch.autograd.grad(rec.sum(), latent, retain_graph=True)
     quantised = net.quantizer(latent).requires_grad_(True)
     (at_quantised,) = torch.autograd.grad(net.decoder(quantised).sum(), quantised)
-    torch.testing.assert_close(at_latent, at_quantised, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(at_latent, at_quantised)
     assert all(p.grad is None for p in net.parameters())
     rec.sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in net.encoder.parameters())

@@ -150,7 +150,7 @@ def test_checkpointed_activations_change_no_gradient_and_keep_less(config):
         ({"channels": [3], "depth": [0], "groups": 3, "heads": 1}, "denoiser.channels"),
         ({"channels": [32], "depth": [1], "heads": 5}, "denoiser.heads"),
         ({"channels": [32], "depth": [1], "heads": None}, "denoiser.heads"),
-        ({"channels": [32], "depth": [1], "head_dim": 8}, "denoiser.heads"),
+        ({"channels": [32], "depth": [1], "head_dim": 8}, "denoiser.head_dim"),
         ({"channels": [32], "depth": [1], "heads": 0}, "denoiser.heads"),
         ({"channels": [32], "depth": [1], "heads": None, "level_heads": [3]}, "denoiser.level_heads"),
         ({"channels": [32], "depth": [1], "heads": None, "level_heads": [4, 4]}, "denoiser.level_heads"),
