@@ -169,11 +169,11 @@ class DeepSpeedConfig:
     zero_stage: int = 1
     """0, 1 (optimizer state shared out), 2 (gradients too) or 3 (parameters too)."""
     offload_optimizer: str = "none"
-    """none or cpu (stages 1 to 3)."""
+    """none, cpu or nvme (stages 1 to 3): the optimizer's state, the fp32 weights and their average."""
     offload_parameters: str = "none"
     """none, cpu or nvme (stage 3)."""
     nvme_path: str | None = None
-    """With offload_parameters=nvme: a folder on each worker's own NVMe disk."""
+    """Where something is on NVMe: a folder on each worker's own disk."""
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Merged over the derived DeepSpeed configuration; any block DeepSpeed takes that does not contradict ours."""
 
@@ -189,7 +189,9 @@ class DeepSpeedConfig:
         for block, setting in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_parameters")):
             held = zero.get(block) or {}
             where = f"zero_optimization.{block}"
-            _require_equal(f"{where}.device", held.get("device"), getattr(self, setting), f"deepspeed.{setting}")
+            ours = getattr(self, setting)
+            given_to = "cpu" if (setting, ours) == ("offload_optimizer", "nvme") else ours  # see training/engine.py
+            _require_equal(f"{where}.device", held.get("device"), given_to, f"deepspeed.{setting}={ours}")
             _require_equal(f"{where}.nvme_path", held.get("nvme_path"), self.nvme_path, "deepspeed.nvme_path")
         for key, setting in _OLD_OFFLOADS.items():
             if key in zero:
@@ -203,17 +205,12 @@ class DeepSpeedConfig:
         for key in ("offload_optimizer", "offload_parameters"):
             if getattr(self, key) not in DEVICES:
                 raise ConfigError(f"{key} takes none, cpu or nvme.", where=f"deepspeed.{key}", mend="Correct it.")
-        if self.offload_optimizer == "nvme":
+        if ("nvme" in (self.offload_optimizer, self.offload_parameters)) != (self.nvme_path is not None):
             raise ConfigError(
-                "The average of the weights needs the fp32 weights in memory at every step, not on a disk.",
-                where="deepspeed.offload_optimizer",
-                mend="Use cpu, or more workers.",
-            )
-        if (self.offload_parameters == "nvme") != (self.nvme_path is not None):
-            raise ConfigError(
-                "Parameters on NVMe need a folder there, and a folder is for nothing else.",
+                "What is on NVMe needs a folder there, and a folder is for nothing else.",
                 where="deepspeed.nvme_path",
-                mend="Set deepspeed.offload_parameters=nvme together with deepspeed.nvme_path=/a/folder, or neither.",
+                mend="Set deepspeed.offload_optimizer=nvme or deepspeed.offload_parameters=nvme together with "
+                "deepspeed.nvme_path=/a/folder, or none of them.",
             )
 
     def require_agreement(self, *, clip: float, precision: str) -> None:

@@ -52,6 +52,8 @@ class Memory:
     """The most that lives while the optimizer steps, when activations are gone and fp32 gradients are there."""
     host: int = 0
     """In the machine's memory, per worker."""
+    disk: int = 0
+    """On the node's disk, per worker."""
 
     PARTS = (
         "weights", "gradients", "optimizer", "average", "buffers", "frozen", "activations", "workspace", "reserved",
@@ -75,6 +77,7 @@ class States:
     stepping: float
     """Gradients while the optimizer steps: its own share, flat, in fp32 as well."""
     host: float = 0.0
+    disk: float = 0.0
 
 
 def states(
@@ -95,13 +98,14 @@ def states(
     average = 4 * (own if stage else p) if network.averaged else 0.0
     if stage == 0:
         return States(weights=w * p, gradients=w * p, optimizer=moments, average=average, buffers=0, stepping=w * p)
-    weights, optimizer, host = float(w * p), 4 * own + moments / world, 0.0
+    weights, optimizer = float(w * p), 4 * own + moments / world
+    away = {"none": 0.0, "cpu": 0.0, "nvme": 0.0}
     if stage == 3:
         held = w * own if offload.offload_parameters == "none" else 0.0
-        host += w * own - held
+        away[offload.offload_parameters] += w * own - held
         weights = held + (w * min(p, int(zero.get("stage3_max_live_parameters", _LIVE_ELEMENTS))) if world > 1 else 0)
     if offload.offload_optimizer != "none":
-        host += optimizer + average + 4 * own
+        away[offload.offload_optimizer] += optimizer + average + 4 * own
         optimizer, average = 0.0, 0.0
     buffered = bool(zero.get("contiguous_gradients", True))
     return States(
@@ -111,7 +115,8 @@ def states(
         average=average,
         buffers=float(w * bucket if buffered else 0),
         stepping=w * own + (w + 4) * own,
-        host=host,
+        host=away["cpu"],
+        disk=away["nvme"],
     )
 
 
@@ -140,6 +145,7 @@ def memory(
         reserved=device.reserved_bytes,
         updating=held + _sum(one.stepping for one in found),
         host=_sum(one.host for one in found),
+        disk=_sum(one.disk for one in found),
     )
 
 

@@ -115,8 +115,10 @@ def _memory_table(made: Plan) -> Table:
     if made.own_stage.largest_checkpointed is not None:
         shown = [f"{one.largest_checkpointed:,}" for one in made.stages]
         table.add_row("with checkpointed activations", *shown)
-    if any(one.memory.host for one in made.stages):
-        table.add_row("in the machine's memory", *(f"{one.memory.host / 2**30:,.2f}" for one in made.stages))
+    for where, part in (("in the machine's memory", "host"), ("on the node's disk", "disk")):
+        held = [getattr(one.memory, part) for one in made.stages]
+        if any(held):
+            table.add_row(where, *(f"{one / 2**30:,.2f}" for one in held))
     return table
 
 

@@ -28,7 +28,7 @@ class EMA:
         self.engine = engine
         self.half_life_samples = half_life_samples
         self.updates = 0
-        self.partitions: list[Tensor] = [p.detach().clone() for p in engine.master_partitions()]
+        self.partitions: list[Tensor] = [engine.copy_of(p) for p in engine.master_partitions()]
 
     @torch.no_grad()
     def update(self, samples: int) -> None:
@@ -40,7 +40,7 @@ class EMA:
     @contextlib.contextmanager
     def _swapped_in(self) -> Iterator[None]:
         masters = [p.data for p in self.engine.master_partitions()]
-        kept = [p.clone() for p in masters]
+        kept = [self.engine.copy_of(p) for p in masters]
         for master, average in zip(masters, self.partitions, strict=True):
             master.copy_(average)
         try:

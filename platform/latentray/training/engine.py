@@ -21,9 +21,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from latentray import build
+from latentray.config.deepspeed import DeepSpeedConfig
 from latentray.config.train import Train
 from latentray.errors import ConfigError, EnvironmentRefused
 from latentray.training import optimizers, partitions
+from latentray.training.mapped import Disk
 from latentray.training.partitions import Fragment, Pieces, Snapshot
 
 
@@ -32,10 +34,10 @@ def deepspeed_config(config: Train, world: int) -> dict[str, Any]:
     micro, accumulation = config.micro_and_accumulation(world)
     zero: dict[str, Any] = {"stage": config.deepspeed.zero_stage}
     if config.deepspeed.offload_optimizer != "none":
-        zero["offload_optimizer"] = {"device": config.deepspeed.offload_optimizer}
+        zero["offload_optimizer"] = {"device": "cpu"}  # on NVMe too: what is in memory there is mapped (`mapped.py`)
     if config.deepspeed.offload_parameters != "none":
         zero["offload_param"] = {"device": config.deepspeed.offload_parameters}
-    if config.deepspeed.nvme_path is not None:
+    if config.deepspeed.offload_parameters == "nvme":
         zero["offload_param"]["nvme_path"] = config.deepspeed.nvme_path
     derived: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
@@ -94,22 +96,24 @@ def _path_to(names: Sequence[str], block: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def require_nvme(folder: str) -> None:
-    """Raise EnvironmentRefused where this machine cannot keep parameters on a disk: no libaio, or no such disk."""
+def require_nvme(config: DeepSpeedConfig) -> None:
+    """Raise EnvironmentRefused where this machine cannot keep on a disk what is to be there: no libaio, or no such disk."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    if not AsyncIOBuilder().is_compatible():
+    if config.nvme_path is None:
+        return
+    if config.offload_parameters == "nvme" and not AsyncIOBuilder().is_compatible():
         raise EnvironmentRefused(
             "DeepSpeed reads and writes NVMe disks through libaio, which is not installed here.",
             where="deepspeed.offload_parameters",
             mend="Install libaio (apt-get install libaio-dev) on every node, or set deepspeed.offload_parameters=cpu.",
         )
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        Path(config.nvme_path).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=config.nvme_path).close()
     except OSError as error:
         raise EnvironmentRefused(
-            f"Parameters cannot be kept there: {error}",
+            f"Nothing can be kept there: {error}",
             where="deepspeed.nvme_path",
             mend="Name a folder on a disk of the node's own that can be written.",
         ) from None
@@ -147,8 +151,7 @@ class Engine:
         self.lr_factor = (lr or config.optimizer.lr) / config.optimizer.lr
         if config.compile or config.optimizer.name == "muon":
             build.require_compiler()
-        if config.deepspeed.offload_parameters == "nvme":
-            require_nvme(config.deepspeed.nvme_path or "")
+        require_nvme(config.deepspeed)
         module = module.to(device)
         optimizer = optimizers.build(module, config.optimizer, muon=_deepspeed_muon)
         try:
@@ -163,6 +166,8 @@ class Engine:
             if not config.deepspeed.extra:
                 raise
             raise _refused(config.deepspeed.extra, error) from None
+        self._disk = Disk(config.deepspeed.nvme_path or "") if config.deepspeed.offload_optimizer == "nvme" else None
+        self._move_to_disk()
         if config.compile:
             self._engine.compile()
 
@@ -214,6 +219,22 @@ class Engine:
                 return list(getattr(self._zero, name))
         return [p for p in self.module.parameters() if p.requires_grad]
 
+    def copy_of(self, tensor: Tensor) -> Tensor:
+        """A copy of a partition or a part of one: beside it, or on the disk where the optimizer's state lies there."""
+        return tensor.detach().clone() if self._disk is None else self._disk.copy(tensor)
+
+    def _move_to_disk(self) -> None:
+        """Put the fp32 weights, their gradients and the moments that AdamW would make in memory on the disk."""
+        if self._disk is None:
+            return
+        for flat in self.master_partitions():
+            flat.data = self._disk.copy(flat.data)
+            if flat.grad is not None:
+                flat.grad = self._disk.copy(flat.grad)
+            moments = {key: self._disk.zeros_like(flat) for key in optimizers.STATES["adamw"]}  # no other is offloaded
+            self._base.state[flat] = {"step": torch.zeros((), dtype=torch.float32), **moments}
+        self._zero._link_all_hp_params()  # it keeps views of what was in memory
+
     def fragments(self) -> list[Fragment]:
         """Which stretch of which parameter lies where in `master_partitions`."""
         stage = self.config.deepspeed.zero_stage
@@ -253,7 +274,7 @@ class Engine:
         held: dict[str, Sequence[Tensor | None]] = {partitions.WEIGHT: self.master_partitions(), **tensors}
         if average:
             held[partitions.EMA] = average
-        return partitions.take(self.own_fragments(), held, numbers, self._uncut_states())
+        return partitions.take(self.own_fragments(), held, numbers, self._uncut_states(), copy=self.copy_of)
 
     def restore(self, pieces: Pieces) -> None:
         """Take weights and optimizer over from a checkpoint of any world size and ZeRO stage. Collective.

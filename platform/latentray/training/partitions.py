@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,19 +68,25 @@ def take(
     partitions: Mapping[str, Sequence[Tensor | None]],
     scalars: Mapping[str, float],
     whole: Mapping[str, Tensor] | None = None,
+    *,
+    copy: Callable[[Tensor], Tensor] = torch.clone,
 ) -> Snapshot:
     """Copy stretches of partitions; `partitions` by the state's name, each a list that `Fragment.partition` indexes (None
-    where there is no such state), and what is taken `whole`.
+    where there is no such state), and what is taken `whole`; `copy` says where a stretch that is on the CPU already goes.
     """
     kept = tuple(one for one in fragments if one.numel)
     tensors = {
-        f"{state}/{one.name}": flat.detach().reshape(-1)[one.offset : one.offset + one.numel].cpu().clone()
+        f"{state}/{one.name}": _copied(flat.detach().reshape(-1)[one.offset : one.offset + one.numel], copy)
         for state, flats in partitions.items()
         for one in kept
         if (flat := flats[one.partition]) is not None
     }
-    copied = {key: value.detach().cpu().clone() for key, value in (whole or {}).items()}
+    copied = {key: _copied(value.detach(), copy) for key, value in (whole or {}).items()}
     return Snapshot(fragments=kept, tensors=tensors, scalars=dict(scalars), whole=copied)
+
+
+def _copied(value: Tensor, copy: Callable[[Tensor], Tensor]) -> Tensor:
+    return copy(value) if value.device.type == "cpu" else value.cpu()
 
 
 def write(path: Path, snapshot: Snapshot) -> None:
@@ -176,10 +182,13 @@ def restore(pieces: Pieces, state: str, fragments: Sequence[Fragment], partition
         if one.numel:
             by_partition.setdefault(one.partition, []).append(one)
     for number, partition in enumerate(partitions):
-        flat = torch.zeros(partition.numel(), dtype=partition.dtype)
+        straight = partition.is_contiguous()
+        flat = partition.detach().view(-1) if straight else torch.zeros(partition.numel(), dtype=partition.dtype)
+        flat.zero_()
         for one in by_partition.get(number, ()):
             flat[one.offset : one.offset + one.numel] = pieces.stretch(state, one.name, one.start, one.numel)
-        partition.data.copy_(flat.reshape(partition.shape))
+        if not straight:
+            partition.data.copy_(flat.reshape(partition.shape))
 
 
 def require_same(pieces: Pieces, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -20,8 +20,8 @@ def check(config: Train, out: str) -> dict[str, str]:
     tracking.check(config.tracking)
     if config.cluster.kind != "ray" and (config.compile or config.optimizer.name == "muon"):
         build.require_compiler()
-    if config.cluster.kind != "ray" and config.deepspeed.offload_parameters == "nvme":
-        engine.require_nvme(config.deepspeed.nvme_path or "")
+    if config.cluster.kind != "ray":
+        engine.require_nvme(config.deepspeed)
     for world in worlds_of(config):
         config.require_divisible(world)
     engine.require_accepted(config, world_of(config))

@@ -55,6 +55,10 @@ def test_an_offload_moves_bytes_and_loses_none():
     assert there.optimizer == there.average == 0
     assert there.host == here.optimizer + here.average + 4 * P / N  # and the fp32 gradients its step needs
     assert held(3, 2, offload_parameters="cpu").host == 2 * P / N
+    disk = {"nvme_path": "/scratch"}
+    mapped = held(2, 2, offload_optimizer="nvme", **disk)
+    assert (mapped.disk, mapped.host, mapped.optimizer) == (there.host, 0, 0)
+    assert held(3, 2, offload_parameters="nvme", **disk).disk == 2 * P / N
 
 
 def test_the_discriminator_has_no_average_and_frozen_networks_have_only_weights():

@@ -1,4 +1,4 @@
-"""Five steps at ZeRO-3 with parameters in memory, offloaded to the CPU, and on a disk: run as a program by torchrun.
+"""Five steps at ZeRO-3 with parameters in memory, on the CPU, on a disk, and there with the optimizer: run by torchrun.
 
     disk_offload.py <precision> <folder>
 
@@ -33,10 +33,13 @@ BATCH, STEPS = 4, 5
 
 def trained(precision: str, offload: str, folder: Path) -> dict[str, object]:
     world, rank = dist.get_world_size(), dist.get_rank()
-    path = str(folder / "nvme") if offload == "nvme" else None
+    path = str(folder / "nvme") if offload in ("nvme", "both") else None
     config = Train(
         global_batch_size=BATCH * world, total_samples=10**6, precision=precision, cluster=ClusterConfig(kind="none"),
-        deepspeed=DeepSpeedConfig(zero_stage=3, offload_parameters=offload, nvme_path=path),
+        deepspeed=DeepSpeedConfig(
+            zero_stage=3, offload_parameters="nvme" if offload == "both" else offload,
+            offload_optimizer="nvme" if offload == "both" else "none", nvme_path=path,
+        ),
     )  # fmt: skip
     net = build.seeded(lambda: build.denoiser(NETWORK), 0)
     engine = Engine(net, config, world=world, device=torch.device("cpu"))
@@ -59,7 +62,7 @@ def main(precision: str, folder: Path) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    found: dict[str, object] = {offload: trained(precision, offload, folder) for offload in ("none", "cpu", "nvme")}
+    found: dict[str, object] = {one: trained(precision, one, folder) for one in ("none", "cpu", "nvme", "both")}
     found["on_disk"] = sum(1 for path in (folder / "nvme").rglob("*"))
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -26,6 +26,6 @@ def test_parameters_on_a_disk_change_no_bit(precision: str, tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr[-4000:]
     for rank in (0, 1):
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())
-        assert found["none"] == found["cpu"] == found["nvme"]
+        assert found["none"] == found["cpu"] == found["nvme"] == found["both"]
         assert len(set(found["none"]["losses"])) == 5
         assert found["on_disk"] > 0

@@ -313,6 +313,12 @@ def test_offloads_need_something_to_offload_and_a_place():
     kept = DeepSpeedConfig(zero_stage=3, offload_parameters="nvme", nvme_path="/scratch")
     zero = deepspeed_config(train(deepspeed=kept), 1)["zero_optimization"]
     assert zero["offload_param"] == {"device": "nvme", "nvme_path": "/scratch"}
+    mapped = DeepSpeedConfig(zero_stage=2, offload_optimizer="nvme", nvme_path="/scratch")
+    zero = deepspeed_config(train(deepspeed=mapped), 1)["zero_optimization"]
+    assert (zero["offload_optimizer"], "offload_param" in zero) == ({"device": "cpu"}, False)
+    theirs = {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}
+    with pytest.raises(ConfigError, match="'cpu'"):
+        DeepSpeedConfig(zero_stage=2, offload_optimizer="nvme", nvme_path="/scratch", extra=theirs)
 
 
 def test_a_machine_without_a_compiler_is_refused_by_name(monkeypatch, tmp_path):

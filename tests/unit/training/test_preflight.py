@@ -119,6 +119,9 @@ def test_parameters_on_a_disk_that_this_machine_cannot_use(refused, monkeypatch)
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
     assert refused(EnvironmentRefused, 2, *nvme).where == "deepspeed.nvme_path"
     refused(ConfigError, 2, "deepspeed=zero2", "deepspeed.offload_optimizer=nvme")
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: False)
+    optimizer = ["deepspeed=zero2", "deepspeed.offload_optimizer=nvme", "deepspeed.nvme_path=/proc/nowhere"]
+    assert refused(EnvironmentRefused, 2, *optimizer).where == "deepspeed.nvme_path"
 
 
 @pytest.mark.parametrize(

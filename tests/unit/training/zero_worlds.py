@@ -26,7 +26,7 @@ from latentray.config.cluster import ClusterConfig
 from latentray.config.deepspeed import DeepSpeedConfig
 from latentray.config.optimizer import OptimizerConfig
 from latentray.config.train import Train
-from latentray.training import partitions
+from latentray.training import mapped, partitions
 from latentray.training.ema import EMA
 from latentray.training.engine import Engine
 
@@ -38,6 +38,7 @@ KINDS = tuple(
 )
 
 
+NVME = {"offload_optimizer": "nvme", "nvme_path": os.environ.get("NVME", "")}
 SPECIAL = {
     "adafactor-0": (OptimizerConfig(name="adafactor"), DeepSpeedConfig(zero_stage=0)),
     "muon-0": (OptimizerConfig(name="muon", clip=0.0), DeepSpeedConfig(zero_stage=0)),
@@ -46,11 +47,17 @@ SPECIAL = {
     "offload-1": (OptimizerConfig(), DeepSpeedConfig(zero_stage=1, offload_optimizer="cpu")),
     "offload-2": (OptimizerConfig(), DeepSpeedConfig(zero_stage=2, offload_optimizer="cpu")),
     "offload-3": (OptimizerConfig(), DeepSpeedConfig(zero_stage=3, offload_optimizer="cpu")),
+    "disk-1": (OptimizerConfig(), DeepSpeedConfig(zero_stage=1, **NVME)),
+    "disk-2": (OptimizerConfig(), DeepSpeedConfig(zero_stage=2, **NVME)),
+    "disk-3": (OptimizerConfig(), DeepSpeedConfig(zero_stage=3, **NVME)),
     "parameters-3": (OptimizerConfig(), DeepSpeedConfig(zero_stage=3, offload_parameters="cpu")),
 }
 """Other optimizers, and offloads."""
 SPECIAL_KINDS = [(name, micro) for name in SPECIAL for micro in (None, 1) if micro is None or name.startswith("muon")]
-FROM = {"muon-0": "muon-2", "muon-1": "muon-0", "muon-2": "muon-1", "offload-2": "offload-3", "offload-3": "offload-1"}
+FROM = {
+    "muon-0": "muon-2", "muon-1": "muon-0", "muon-2": "muon-1", "offload-2": "offload-3", "offload-3": "offload-1",
+    "disk-1": "disk-2", "disk-2": "offload-1", "disk-3": "disk-1",
+}  # fmt: skip
 """Where a moved state comes from, if not from its like."""
 
 
@@ -230,6 +237,7 @@ def _one(rank: int, world: int, port: int, out: Path) -> None:
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
+    mapped.LEAST_BYTES = 0
     dist.init_process_group("gloo")
     _phases()[os.environ["PHASE"]](rank, world, out)
     dist.destroy_process_group()
