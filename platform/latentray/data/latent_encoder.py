@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from latentray import build
+from latentray import allocator, build
 from latentray.conditioning.encoders import ImageEncoder
 from latentray.data import canonical, latents
 from latentray.data.canonical import CaptionEmbedder, PictureEmbedder
@@ -18,6 +18,7 @@ class Encoder:
         self.job = job
         self.device = build.device(job.device)
         if self.device.type == "cpu":
+            allocator.keep_freed_memory()
             torch.set_num_threads(1)  # an encoder asks Ray for one core
         self.autoencoder = build.autoencoder_artifact(job.autoencoder).load().to(self.device)
         loaded = [one.load(self.device) for one in job.texts]

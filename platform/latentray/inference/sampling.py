@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentray import build, randomness
+from latentray import allocator, build, randomness
 from latentray.conditioning import beside, images
 from latentray.conditioning.denoiser_inputs import Told, told, zeroed
 from latentray.conditioning.encoders import CaptionEncoder, ImageEncoder
@@ -76,7 +76,9 @@ class TextToImage:
 
     @classmethod
     def load(cls, uri: str, *, device: str = "auto", offload: bool = False, compile: bool = False) -> TextToImage:
-        """Load a model or release folder, verified by its manifest."""
+        """Load a model or release folder, verified by its manifest. On a CPU this process keeps what it frees from then on."""
+        if build.device(device).type == "cpu":
+            allocator.keep_freed_memory()
         return cls(model_folder.load(uri), device=device, offload=offload, compile=compile)
 
     @property

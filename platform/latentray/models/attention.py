@@ -7,13 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentray.errors import ConfigError
-from latentray.models import fused
+from latentray.models import cpu_attention, fused
 from latentray.models.layers import group_norm
 
-_EXPLICIT_UP_TO = 256
-"""On a CPU the backward of torch's fused attention loses up to 4x to explicit products up to this many keys."""
-_TILE = 16
-"""And its bf16 forward loses 2x where the number of keys is no multiple of this: 77 tokens of CLIP, say."""
 _CACHED = 2**21
 """Numbers between the two products of a feed-forward that stay in a CPU's cache; more go sample by sample."""
 _NORM_EPS = 1e-6
@@ -21,15 +17,8 @@ _NORM_EPS = 1e-6
 
 def attend(q_BHLD: Tensor, k_BHMD: Tensor, v_BHMD: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, shape (B,H,L,D) (Vaswani et al. 2017, equation 1)."""
-    if q_BHLD.device.type == "cpu" and k_BHMD.shape[-2] <= _EXPLICIT_UP_TO and torch.is_grad_enabled():
-        weights = (q_BHLD * q_BHLD.shape[-1] ** -0.5) @ k_BHMD.transpose(-1, -2)
-        return weights.softmax(dim=-1) @ v_BHMD
-    spare = -k_BHMD.shape[-2] % _TILE
-    if spare and _bf16_on_cpu(q_BHLD):
-        mask_M = torch.zeros(k_BHMD.shape[-2] + spare, dtype=q_BHLD.dtype, device=q_BHLD.device)
-        mask_M[-spare:] = -torch.inf
-        k_BHMD, v_BHMD = (F.pad(both, (0, 0, 0, spare)) for both in (k_BHMD, v_BHMD))
-        return F.scaled_dot_product_attention(q_BHLD, k_BHMD, v_BHMD, attn_mask=mask_M.expand(q_BHLD.shape[-2], -1))
+    if q_BHLD.device.type == "cpu":
+        return cpu_attention.attend(q_BHLD, k_BHMD, v_BHMD)
     return F.scaled_dot_product_attention(q_BHLD, k_BHMD, v_BHMD)
 
 

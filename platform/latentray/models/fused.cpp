@@ -1,4 +1,4 @@
-// SiLU of GroupNorm, and GEGLU, over bfloat16 with channels last, each with its gradients: few passes over memory.
+// Sums of squares; and SiLU of GroupNorm, and GEGLU, over bfloat16 with channels last, each with its gradients: few passes over memory.
 // x, y, and their gradients: (pixels, channels) of each of `batch` samples. weight, bias: per channel, bfloat16 or float32
 // (`half` or not). add: per sample and channel, added to x first, or null; likewise. stats: mean and 1/deviation per sample and
 // group.
@@ -180,6 +180,21 @@ void backward(const Shape& s, const uint16_t* x, const float* add, const uint16_
     for (int64_t c = 0; c < channels; ++c) d_add[c] = float(totals[c]);
 }
 
+constexpr int64_t kSquared = 4096, kLanes = 64;  // squares summed in float32, over so many sums, before they join a double
+
+template <typename At>
+double squares(int64_t begin, int64_t end, At at) {
+  float sums[kLanes] = {};
+  int64_t n = begin;
+  for (; n + kLanes <= end; n += kLanes)
+#pragma GCC ivdep
+    for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += at(n + lane) * at(n + lane);
+  double total = 0.0;
+  for (; n < end; ++n) total += double(at(n)) * at(n);
+  for (float sum : sums) total += sum;
+  return total;
+}
+
 }  // namespace
 
 extern "C" {
@@ -212,6 +227,21 @@ void latentray_group_norm_backward(const uint16_t* x, const void* add, const uin
     run(s, x + at, add ? a.data() + row : nullptr, dy + at, dx + at, w.data(), b.data(), stats + 2 * n * groups,
         d_weight + row, d_bias + row, d_add ? d_add + row : nullptr);
   }
+}
+
+// Of all numbers of `count` tensors, of sizes[i] numbers each, in `half` (bfloat16) or float32.
+double latentray_squares(const void* const* tensors, const int64_t* sizes, int64_t count, int half, int threads) {
+  std::vector<double> sums(count, 0.0);  // added up in order, so that threads change no bit
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t begin = 0; begin < sizes[i]; begin += kSquared) {
+      int64_t end = begin + kSquared < sizes[i] ? begin + kSquared : sizes[i];
+      sums[i] += half ? squares(begin, end, [x = static_cast<const uint16_t*>(tensors[i])](int64_t n) { return widened(x[n]); })
+                    : squares(begin, end, [x = static_cast<const float*>(tensors[i])](int64_t n) { return x[n]; });
+    }
+  double total = 0.0;
+  for (double sum : sums) total += sum;
+  return total;
 }
 
 // x: (rows, 2 width), values and then gates; y: (rows, width) = values GELU(gates).

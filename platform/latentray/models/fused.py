@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ _SIGNATURES: dict[str, list[Any]] = {
     "latentray_group_norm_backward": [*[_POINTER] * 10, *[_NUMBER] * 4, *[_INT] * 3],
     "latentray_geglu": [*[_POINTER] * 2, *[_NUMBER] * 2, _INT],
     "latentray_geglu_backward": [*[_POINTER] * 3, *[_NUMBER] * 2, _INT],
+    "latentray_squares": [*[_POINTER] * 2, _NUMBER, *[_INT] * 2],
 }
+_RESULTS = {"latentray_squares": _DOUBLE}
 
 
 def is_map(x_BCHW: Tensor) -> bool:
@@ -98,6 +101,26 @@ def geglu(x: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return _GEGLU.apply(x)  # type: ignore[no-any-return, no-untyped-call]
     return _gated(x)
+
+
+def squares(tensors: Sequence[Tensor]) -> bool:
+    """Whether `sum_of_squares` takes them: one type, bfloat16 or float32, on a CPU, contiguous; and compiled itself."""
+    return (
+        tensors[0].dtype in (torch.bfloat16, torch.float32)
+        and all(type(x) is Tensor and x.device.type == "cpu" and x.is_contiguous() for x in tensors)
+        and len({x.dtype for x in tensors}) == 1
+        and available()
+    )
+
+
+def sum_of_squares(tensors: Sequence[Tensor]) -> float:
+    """Of all elements of tensors that it `squares`; float32 sums of some thousand each, added up in float64."""
+    library = _library()
+    assert library is not None, "asked before"
+    addresses = (_POINTER * len(tensors))(*(x.data_ptr() for x in tensors))
+    sizes = (_NUMBER * len(tensors))(*(x.numel() for x in tensors))
+    half = tensors[0].dtype == torch.bfloat16
+    return float(library.latentray_squares(addresses, sizes, len(tensors), half, torch.get_num_threads()))
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -281,7 +304,7 @@ def _library() -> ctypes.CDLL | None:
         return None
     for name, arguments in _SIGNATURES.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = arguments, None
+        function.argtypes, function.restype = arguments, _RESULTS.get(name)
     return library
 
 

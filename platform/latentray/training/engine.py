@@ -24,7 +24,7 @@ from latentray import build
 from latentray.config.deepspeed import DeepSpeedConfig
 from latentray.config.train import Train
 from latentray.errors import ConfigError, EnvironmentRefused
-from latentray.training import optimizers, partitions
+from latentray.training import gradient_norm, optimizers, partitions
 from latentray.training.mapped import Disk
 from latentray.training.partitions import Fragment, Pieces, Snapshot
 
@@ -166,6 +166,7 @@ class Engine:
             if not config.deepspeed.extra:
                 raise
             raise _refused(config.deepspeed.extra, error) from None
+        gradient_norm.shorten(self._zero, world)
         self._disk = Disk(config.deepspeed.nvme_path or "") if config.deepspeed.offload_optimizer == "nvme" else None
         self._move_to_disk()
         if config.compile:

@@ -7,7 +7,7 @@ import secrets
 import torch
 import torch.distributed as dist
 
-from latentray import build
+from latentray import allocator, build
 from latentray.config.train import Train
 from latentray.errors import ConfigError
 from latentray.training import loop
@@ -17,6 +17,7 @@ from latentray.training.state import Worker
 def work(config: Train, run: str, out: str, *, rank: int, world: int, device: torch.device, hooks: loop.Hooks) -> bool:
     """Train to the end, or until asked to stop (False). Collective; the process group is there."""
     if device.type == "cpu":
+        allocator.keep_freed_memory()
         torch.set_num_threads(config.cluster.threads or max(int(config.cluster.cpus_per_worker), 1))
     worker = Worker(
         config=config, run=run, out=out, rank=rank, world=world, device=device, attempt=_shared_attempt(rank)

@@ -47,6 +47,34 @@ def test_keys_added_for_speed_weigh_nothing(keys):
         assert (a - b).abs().max() <= 0.03 * b.abs().max() + 1e-3
 
 
+@pytest.mark.parametrize(("heads", "queries", "keys"), [(1, 300, 300), (5, 40, 1000), (3, 2000, 1500)])
+def test_gradients_over_many_keys_are_those_of_the_formula(heads, queries, keys):
+    """bf16 on a CPU: a few heads at a time, weights computed again; also where the last few are fewer."""
+    made = torch.Generator().manual_seed(keys)
+    inputs = [torch.randn(2, n, heads, 16, generator=made).bfloat16().transpose(1, 2) for n in (queries, keys, keys)]
+    weight = torch.randn(2, heads, queries, 16, generator=made)
+
+    def gradients(call, *, dtype):
+        taken = [one.detach().to(dtype).requires_grad_(True) for one in inputs]
+        return torch.autograd.grad((call(*taken) * weight).sum(), taken)
+
+    exact = gradients(F.scaled_dot_product_attention, dtype=torch.float64)
+    ours = gradients(attention.attend, dtype=torch.bfloat16)
+    explicit = gradients(lambda q, k, v: (q * 16**-0.5 @ k.mT).softmax(-1) @ v, dtype=torch.bfloat16)
+    for a, b, wanted in zip(ours, explicit, exact, strict=True):
+        assert (a - wanted).norm() <= 1.05 * (b - wanted).norm() + 1e-4 * wanted.norm()
+        assert (a - wanted).norm() < 0.01 * wanted.norm()
+
+
+def test_a_compiled_graph_has_the_same_gradients_over_many_keys():
+    q, k, v = (torch.randn(2, 3, 400, 16).bfloat16().requires_grad_(True) for _ in range(3))
+    eager = torch.autograd.grad(attention.attend(q, k, v).float().square().sum(), (q, k, v))
+    torch._dynamo.reset()
+    compiled = torch.compile(attention.attend, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(q, k, v).float().square().sum(), (q, k, v))
+    assert all(torch.equal(a, b) for a, b in zip(got, eager, strict=True))
+
+
 def test_geglu_in_closed_form_with_and_without_gradients():
     ff = attention.FeedForward(8)
     x = torch.randn(2, 3, 8)

@@ -170,17 +170,36 @@ def resumed(rank: int, world: int, out: Path) -> None:
 
 def discarded(rank: int, world: int, out: Path) -> None:
     """A step whose loss is no number on one rank, within accumulation, between two good ones."""
-    for stage, micro in itertools.product(STAGES, (None, 1)):
+    cases = [*itertools.product(STAGES, (None, 1), ("fp32",)), *((stage, None, "bf16") for stage in STAGES[1:])]
+    for stage, micro, precision in cases:
         for name, bad in (("without", False), ("with", True)):
-            engine, ema = build(stage, world, micro=micro)
+            engine, ema = build(stage, world, precision, micro)
+            _compare_norms(engine)
             train(engine, ema, range(2), rank, world)
             if bad:
                 train(engine, ema, range(2, 3), rank, world, factor=float("nan") if rank == 0 else 1.0)
                 assert not engine.applied, f"stage {stage}: the step was taken"
             train(engine, ema, range(3, 5), rank, world)
             assert engine.applied
-            save(engine, ema, out / f"discarded-{stage}-{micro}-{name}", rank)
+            save(engine, ema, out / f"discarded-{stage}-{micro}-{precision}-{name}", rank)
             engine.close()
+
+
+def _compare_norms(engine: Engine) -> None:
+    """Have every norm of the gradients asserted to be what DeepSpeed's own takes in fp64, in several passes."""
+    zero = engine._zero
+    if not hasattr(zero, "get_grad_norm_direct"):
+        return
+    ours, theirs = zero.get_grad_norm_direct, type(zero).get_grad_norm_direct
+
+    def both(gradients: list, params: list, norm_type: float = 2) -> torch.Tensor:
+        expected, found = theirs(zero, gradients, params), ours(gradients, params)
+        assert float(found) == float(expected) or abs(float(found / expected) - 1) < 1e-6, (found, expected)
+        assert (float(found) == -1) == bool(type(zero).has_overflow(zero))
+        return found
+
+    assert zero.has_overflow() is False
+    zero.get_grad_norm_direct = both
 
 
 def special_first(rank: int, world: int, out: Path) -> None:
