@@ -91,7 +91,7 @@ class Sample:
     offload: bool = False
     """Less memory, more time: each part of the model is on the device for its turn alone, and pictures are decoded in strips."""
     compile: bool = False
-    """The denoiser by torch.compile: the first step takes a minute or more, all others less; for many pictures on a GPU."""
+    """The denoiser by torch.compile: the first step takes minutes, all others less; for many pictures."""
 
     def __post_init__(self) -> None:
         if not self.release:

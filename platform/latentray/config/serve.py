@@ -55,7 +55,7 @@ class ServeConfig:
     """Less GPU memory, more time: each part of the model is on the device for its turn alone; pictures are decoded in strips."""
 
     compile: bool = False
-    """The denoiser by torch.compile: a replica takes minutes longer to start, and draws faster on a GPU."""
+    """The denoiser by torch.compile: a replica takes minutes longer to start, and draws faster."""
 
     max_batch_size: int = 8
     """Most pictures in one sampling call."""

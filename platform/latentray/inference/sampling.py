@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -51,7 +52,8 @@ class TextToImage:
     ) -> None:
         """
         Args:
-            compile: by torch.compile, the denoiser: the first steps of a new size take minutes, all others less time.
+            compile: by torch.compile, the denoiser: the first steps of a new size take minutes, all others less time. On a CPU
+                each of at most three graphs then holds the weights once more, as its products take them.
             offload: keep each part on the device for its turn alone, and decode in strips (`models.tiling`): less memory, more
                 time.
         """
@@ -64,6 +66,7 @@ class TextToImage:
         layout = torch.channels_last if self.dtype == torch.bfloat16 else torch.contiguous_format
         self.denoiser = model.denoiser.to(self.dtype, memory_format=layout)
         self.autoencoder = model.autoencoder.to(self.dtype)
+        self._compiled = compile
         if compile:
             build.require_compiler()
             self.denoiser.compile(fullgraph=True)
@@ -224,7 +227,8 @@ class TextToImage:
             return drawn if guided.learned is None else guided.learned.widened(drawn, rows, row)
 
         guides = [] if self.guide is None else [self.guide.network]
-        with self.placement.at_work(self.denoiser, *guides):
+        compiling = build.tuned(self.device) if self._compiled else contextlib.nullcontext()
+        with self.placement.at_work(self.denoiser, *guides), compiling:
             while active := slots.unfinished():
                 now = [scales[i][slots.row(i)] for i in active]
                 slots.advance(active, functools.partial(guided, scales=now, active=active), fresh_noise)
