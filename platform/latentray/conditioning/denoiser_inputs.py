@@ -13,8 +13,8 @@ from latentray.config.denoiser import DenoiserConfig
 from latentray.records import Conditions, TextEmbedding
 
 _AS_THEY_ARE = ("labels", "size")
-AESTHETIC_SCORE = 6.0
-"""SDXL's refiner reads a score in the last of its five numbers; this is what it is asked for where nobody gives one."""
+AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
+"""SDXL's refiner reads a score in the last of its five numbers; what it is asked for, and what guidance leads it away from."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,8 +62,11 @@ class Told:
         )
 
 
-def told(config: DenoiserConfig, given: Conditions) -> Told:
-    """What a denoiser reads of the conditions. Raises ConfigError for encoders that cannot be combined."""
+def told(config: DenoiserConfig, given: Conditions, *, score: float = AESTHETIC_SCORE) -> Told:
+    """What a denoiser reads of the conditions, and `score` where it reads one.
+
+    Raises ConfigError for encoders that cannot be combined.
+    """
     text = combine(config, given.texts)
     more: dict[str, Tensor] = {}
     if "pooled" in config.reads:
@@ -71,7 +74,7 @@ def told(config: DenoiserConfig, given: Conditions) -> Told:
         more["pooled"] = text.pooled_BD
     if "size" in config.reads:
         assert given.size_B6 is not None, "refused before the run"
-        more["size"] = _numbers(given.size_B6, config.size_numbers)
+        more["size"] = _numbers(given.size_B6, config.size_numbers, score)
     if "labels" in config.reads:
         assert given.labels_B is not None, "refused before the run"
         more["labels"] = given.labels_B
@@ -128,7 +131,7 @@ def _cast(context_BLD: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return context_BLD if context_BLD is None or not context_BLD.is_floating_point() else context_BLD.to(dtype)
 
 
-def _numbers(size_B6: Tensor, count: int) -> Tensor:
+def _numbers(size_B6: Tensor, count: int, score: float) -> Tensor:
     if count == 5:
-        return torch.cat([size_B6[:, :4], torch.full_like(size_B6[:, :1], AESTHETIC_SCORE)], dim=1)
+        return torch.cat([size_B6[:, :4], torch.full_like(size_B6[:, :1], score)], dim=1)
     return size_B6[:, :count]

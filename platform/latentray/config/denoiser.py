@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 from latentray.errors import ConfigError
 
@@ -325,6 +326,24 @@ class DenoiserConfig:
             "observations": self.observation_width is not None,
         }
         return tuple(name for name, is_read in wanted.items() if is_read)
+
+    def require_shapes(self, shapes: Iterable[tuple[int, int]], factor: int) -> None:
+        """Raise ConfigError unless it can halve, or cut into patches, the latents of pictures of these heights and widths.
+
+        Args:
+            factor: the autoencoder's downsampling.
+        """
+        key, unit = "denoiser.channels", 2 ** (len(self.channels) - 1)
+        if self.family == "mmdit":
+            key, unit = "denoiser.patch", self.patch
+        for height, width in shapes:
+            rows, columns = height // factor, width // factor
+            if rows % unit or columns % unit:
+                raise ConfigError(
+                    f"Latents of {columns}x{rows}, of pictures of {width}x{height}, do not divide by the denoiser's {unit}.",
+                    where=key,
+                    mend=f"Make heights and widths of pictures multiples of {factor * unit}, or lower {key}.",
+                )
 
     def heads_at(self, level: int) -> int:
         """Attention heads of a U-Net's level; its middle has those of the last."""

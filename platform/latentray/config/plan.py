@@ -67,6 +67,8 @@ class PlanConfig(Train):
                 where="size",
                 mend=f"Choose a multiple of {factor}.",
             )
+        if of_pictures and not self.buckets.sizes:
+            self.denoiser.require_shapes([(self.size, self.size)], factor)
 
     @property
     def workers(self) -> int:

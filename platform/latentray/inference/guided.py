@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from latentray.conditioning.denoiser_inputs import size_of
+from latentray.conditioning.denoiser_inputs import NEGATIVE_AESTHETIC_SCORE, size_of
 from latentray.diffusion import guidance, variance
 from latentray.inference import editing
 from latentray.inference.requests import SamplingRequest
@@ -30,7 +30,9 @@ class Guided:
         self.positive = model.told(
             [r.prompt for r in requests], sizes, labels=labels, likes=likes, channels_BChw=channels
         )
-        self.negative = model.told([r.negative_prompt for r in requests], sizes, channels_BChw=channels)
+        self.negative = model.told(
+            [r.negative_prompt for r in requests], sizes, channels_BChw=channels, score=NEGATIVE_AESTHETIC_SCORE
+        )
         self.rescale = torch.tensor([r.guidance_rescale for r in requests], device=model.device)
         self.rescales = any(r.guidance_rescale for r in requests)
         self.pulls = any(r.classifier_scale for r in requests)

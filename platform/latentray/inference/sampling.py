@@ -14,7 +14,7 @@ from torch import Tensor
 
 from latentray import allocator, build, randomness
 from latentray.conditioning import beside, images
-from latentray.conditioning.denoiser_inputs import Told, told, zeroed
+from latentray.conditioning.denoiser_inputs import AESTHETIC_SCORE, Told, told, zeroed
 from latentray.conditioning.encoders import CaptionEncoder, ImageEncoder
 from latentray.diffusion import guidance, samplers, schedules, variance
 from latentray.diffusion.executor import Slots, Table
@@ -430,6 +430,7 @@ class TextToImage:
         labels: Sequence[int | None] | None = None,
         likes: Sequence[np.ndarray | None] | None = None,
         channels_BChw: Tensor | None = None,
+        score: float = AESTHETIC_SCORE,
     ) -> Told:
         """What the denoiser is told of pictures to draw: worked out once, and used in every step.
 
@@ -439,6 +440,7 @@ class TextToImage:
             labels: the class of each, None for none in particular; of models of classes alone.
             likes: pictures to draw variations of, None for none; of models with a vision encoder alone.
             channels_BChw: what is set beside the noisy latent.
+            score: how beautiful, of 10; of SDXL's refiner alone.
 
         Raises ConfigError for a class that the model does not know, and for a picture that it cannot be given.
         """
@@ -454,7 +456,7 @@ class TextToImage:
             labels_B=labelled,
             beside_BChw=channels_BChw,
         )
-        made = told(self.denoiser.config, given).to(self.dtype)
+        made = told(self.denoiser.config, given, score=score).to(self.dtype)
         if self.denoiser.config.context_layers:
             assert isinstance(self.denoiser, UNet), "refused by the configuration"
             with self.placement.at_work(self.denoiser), torch.inference_mode():

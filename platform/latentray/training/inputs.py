@@ -186,18 +186,7 @@ def _require_denoiser(
     ):
         if have is not None and have != want:
             raise ConfigError(f"{key} is {have}, but the latents have {want}.", where=key, mend=f"Set {key}={want}.")
-    factor = artifact.config.downsampling
-    key, unit = (
-        ("denoiser.patch", net.patch) if net.family == "mmdit" else ("denoiser.channels", 2 ** (len(net.channels) - 1))
-    )
-    for height, width in shapes:
-        rows, columns = height // factor, width // factor
-        if rows % unit or columns % unit:
-            raise ConfigError(
-                f"Latents of {columns}x{rows}, of pictures of {width}x{height}, do not divide by the denoiser's {unit}.",
-                where=key,
-                mend=f"Make heights and widths of pictures multiples of {factor * unit}, or lower {key}.",
-            )
+    net.require_shapes(shapes, artifact.config.downsampling)
 
 
 def _require_learned(config: Train, tokens: int, vocabulary: int) -> None:

@@ -45,6 +45,8 @@ def test_the_base_reads_six_numbers_and_the_refiner_four_and_a_score():
     assert torch.equal(found["pooled"], TEXT.pooled_BD) and torch.equal(found["size"], SIZE)
     refiner = told(config(pooled_width=4, size_numbers=5), given).more["size"]
     assert refiner.tolist() == [[480, 640, 8, 16, AESTHETIC_SCORE], [64, 64, 0, 0, AESTHETIC_SCORE]]
+    asked = told(config(pooled_width=4, size_numbers=5), given, score=2.5).more["size"]
+    assert asked[:, 4].tolist() == [2.5, 2.5]
 
 
 def test_numbers_that_tell_samples_apart_are_not_rounded():

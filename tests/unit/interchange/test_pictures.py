@@ -174,6 +174,21 @@ def test_sdxl_as_it_came_draws_the_same_picture_by_its_plain_call(pipeline_folde
     assert np.abs(mine - by_plain_call(theirs, start)).max() < 1e-3
 
 
+def test_the_refiner_goes_on_from_the_base_alike(drawn):
+    """Its last steps, on latents that a base stopped at; guidance leads it away from a low score, too."""
+    ours, theirs = drawn("sdxl_refiner", "ddim")
+    noise, start = first_noise(ours), STEPS - 3
+    theirs.scheduler.set_timesteps(STEPS)
+    share = 1 - float(theirs.scheduler.timesteps[start - 1] + theirs.scheduler.timesteps[start]) / 2 / 1000
+    other = theirs(
+        PROMPT, negative_prompt=NEGATIVE, image=noise, denoising_start=share, num_inference_steps=STEPS, guidance_scale=3.0,
+        output_type="latent",
+    ).images  # fmt: skip
+    mine = ours.latents([request("ddim")], start=start, begin_with=noise)
+    torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+    assert (mine - noise).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_an_empty_negative_prompt_is_the_same_to_both(name, drawn):
     ours, theirs = drawn(name, "ddim")

@@ -161,7 +161,10 @@ def test_pictures_that_the_autoencoder_does_not_divide_are_refused(tiny):
     with pytest.raises(ConfigError) as caught:
         load("size=100")
     assert caught.value.where == "size" and "multiple of 8" in caught.value.mend
-    assert load("size=104").size == 104
+    with pytest.raises(ConfigError, match="Latents of 13x13") as caught:  # as a run would refuse it
+        load("size=104")
+    assert "multiples of 64" in caught.value.mend
+    assert load("size=128").size == 128
     in_buckets = load("size=100", "online.enabled=true", "buckets.sizes=[512]")  # its pictures are multiples of a step
     assert in_buckets.buckets.sizes == [512]
 
