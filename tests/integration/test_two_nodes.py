@@ -143,9 +143,9 @@ def test_the_whole_pipeline_runs_on_two_nodes_that_share_no_disk(two_nodes, moto
     check_training(found)
     check_reply(found)
 
-    # Each machine fetched the shards it needed itself, and cleared up after itself.
+    # Each machine fetched what it needed of the shards itself, and cleared up after itself.
     for name in ("a", "b"):
-        assert list((base / name / "cache").rglob("*.tar")), name
+        assert any(path.is_file() for path in (base / name / "cache" / "blocks").rglob("*")), name
     assert not list(base.glob("*/tmp/latentray-*")) and not list(base.glob("*/cache/*/.partial-*"))
     assert all(p.name in {"a", "b", "driver", "record.jsonl", "ray"} for p in base.iterdir())
 
