@@ -232,13 +232,25 @@ def test_buckets_have_the_same_bytes_with_one_encoder_and_with_two(made, tmp_pat
     assert (meta["samples"], meta["encoded"]) == (120, 120)
 
 
+def alive(driver: subprocess.Popen, killed: set[int]) -> list[psutil.Process]:
+    """The job's encoder actors, without those that were killed."""
+    found = []
+    for one in descendants(driver.pid):
+        with contextlib.suppress(psutil.Error):
+            found += [one] if "_EncoderActor" in " ".join(one.cmdline()) and one.pid not in killed else []
+    return found
+
+
 def test_killed_encoders_change_nothing(made, undisturbed, tmp_path):
     out = tmp_path / "out"
     with job(with_text(made, out)) as driver:
+        killed: set[int] = set()
         for seen in (1, 4):
             wait_for(lambda seen=seen: len(committed(out)) >= seen, driver)
-            encoders = [one for one in descendants(driver.pid) if "_EncoderActor" in " ".join(one.cmdline())]
-            encoders[0].kill()
+            wait_for(lambda: bool(alive(driver, killed)), driver)  # the one that was killed may be starting again
+            one = alive(driver, killed)[0]
+            killed.add(one.pid)
+            one.kill()
         finish(driver)
     assert digests(out) == undisturbed
     assert {path.name for path in (out / "train").iterdir()} == {*undisturbed, "manifest.json"}
