@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection
 from email.message import Message
-from email.parser import BytesHeaderParser
 from typing import Any, TypeVar
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
+from python_multipart.exceptions import MultipartParseError
+from python_multipart.multipart import MultipartParser, parse_options_header
 
 from latentray.errors import RequestRefused
 
@@ -62,24 +63,58 @@ def fields(body: bytes, boundary: str | None, *, files: Collection[str]) -> dict
     return found
 
 
-def _parts(body: bytes, boundary: str | None) -> Iterator[tuple[str, bool, bytes]]:
+def _parts(body: bytes, boundary: str | None) -> list[tuple[str, bool, bytes]]:
     """Name, whether it has a file's name, and content of each part (RFC 2046, section 5.1.1)."""
     if not boundary:
         raise _damaged("its Content-Type names no boundary")
-    _, *pieces = (b"\r\n" + body).split(b"\r\n--" + boundary.encode("latin-1", "replace"), MAX_PARTS + 2)
-    ends = [i for i, piece in enumerate(pieces) if piece.startswith(b"--")]
-    if not ends:
-        raise _damaged("it is cut off, or has too many fields")
-    for piece in pieces[: ends[0]]:
-        padding, line, rest = piece.partition(b"\r\n")
-        head, blank, content = rest.partition(b"\r\n\r\n")
-        if padding.strip() or not line or not blank:
-            raise _damaged("a field has no header")
-        header = BytesHeaderParser().parsebytes(head)
-        name = header.get_param("name", header="content-disposition")
-        if not isinstance(name, str):
+    form = _Form()
+    parser = MultipartParser(boundary.encode("latin-1", "replace"), form.callbacks())  # type: ignore[arg-type]
+    try:
+        parser.write(body)
+    except MultipartParseError as error:
+        raise _damaged(str(error)) from None
+    if not form.ended:
+        raise _damaged("it is cut off")
+    return form.parts
+
+
+class _Form:
+    """Gathers the parts that a `MultipartParser` finds; it tells of each in pieces."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[str, bool, bytes]] = []
+        self.ended = False
+        self._field, self._value, self._content = bytearray(), bytearray(), bytearray()
+        self._disposition: bytes | None = None
+
+    def callbacks(self) -> dict[str, Callable[..., None]]:
+        return {
+            "on_header_field": lambda data, start, end: self._field.extend(data[start:end]),
+            "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
+            "on_header_end": self._header_ends,
+            "on_part_data": lambda data, start, end: self._content.extend(data[start:end]),
+            "on_part_end": self._part_ends,
+            "on_end": self._ends,
+        }
+
+    def _header_ends(self) -> None:
+        if self._field.lower() == b"content-disposition":
+            self._disposition = bytes(self._value)
+        self._field.clear()
+        self._value.clear()
+
+    def _part_ends(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        if b"name" not in options:
             raise _damaged("a field has no name")
-        yield name, header.get_param("filename", header="content-disposition") is not None, content
+        if len(self.parts) == MAX_PARTS:
+            raise _damaged("it has too many fields")
+        self.parts.append((options[b"name"].decode(errors="replace"), b"filename" in options, bytes(self._content)))
+        self._content.clear()
+        self._disposition = None
+
+    def _ends(self) -> None:
+        self.ended = True
 
 
 def _damaged(why: str) -> RequestRefused:
