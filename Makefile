@@ -33,8 +33,8 @@ quickstart: $(VENV)/.installed ## raw pictures to a served model, eight to twelv
 test: lint ## lint, then every test that is quick and needs no GPU
 	$(PYTEST) -m "not slow and not gpu and not chaos and not libaio"
 
-test-full: lint ## lint, then every test that needs no GPU
-	$(PYTEST) -m "not gpu and not chaos and not libaio"
+test-full: lint ## lint, then every test that needs no GPU, for an hour and a half; benchmarks are `make bench`
+	$(PYTEST) -m "not gpu and not chaos and not libaio" --ignore=tests/benchmarks
 
 chaos: $(VENV)/.installed-dev ## a quarter of an hour of faults at random times, and what they cost
 	$(PYTEST) -m chaos -s tests/integration/test_chaos.py
