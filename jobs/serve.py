@@ -3,6 +3,7 @@
     python -m jobs.serve registry=runs/registry alias=production keys_file=keys.sha256
     python -m jobs.serve release=runs/quickstart/model allow_anonymous=true          # this machine only
     python -m jobs.serve release=stabilityai/stable-diffusion-2-1-base allow_anonymous=true   # or a diffusers folder
+    python -m jobs.serve registry=... keys_file=... classifier=runs/my-classifier/classifier   # a request's label is drawn to
     python -m jobs.serve registry=... keys_file=... num_gpus=1 offload=true           # a model larger than the GPU's memory
 
 Where the alias moves (`python -m jobs.promote`, `jobs.rollback`), the running endpoint follows without a restart.
@@ -22,6 +23,9 @@ from latentray.errors import ConfigError
 from latentray.interchange import resolving
 from serving import launch
 
+_MODELS = {"release": "model", "classifier": "classifier"}
+"""The settings that name models, and what each has to be."""
+
 
 def serve(config: ServeConfig) -> launch.Endpoint:
     """Serve what the settings name: of a model that others made, the artifact that is made of it here.
@@ -30,13 +34,15 @@ def serve(config: ServeConfig) -> launch.Endpoint:
     machine's cache, and a service should not begin with a conversion on each of their nodes.
     """
     is_given = config.address or os.environ.get("RAY_ADDRESS")
-    if is_given and config.release and resolving.is_others(config.release):
-        raise ConfigError(
-            "It would become an artifact in this machine's cache, which the replicas of a given cluster need not see.",
-            where=f"release={config.release}",
-            mend=f"Import it to where they do: python -m jobs.import_weights weights={config.release} out=<URI>; give that.",
-        )
-    return launch.serve(resolving.resolved(config, {"release": "model"}))
+    for name in _MODELS:
+        source = getattr(config, name)
+        if is_given and source and resolving.is_others(source):
+            raise ConfigError(
+                "It would become an artifact in this machine's cache, which the replicas of a given cluster need not see.",
+                where=f"{name}={source}",
+                mend=f"Import it to where they do: python -m jobs.import_weights weights={source} out=<URI>; give that.",
+            )
+    return launch.serve(resolving.resolved(config, _MODELS))
 
 
 def main() -> int:

@@ -170,9 +170,11 @@ def filled_in(
     sampler = _sampler(request.sampler, info)
     width, height = size
     seed = fresh_seed if request.seed is None else request.seed
+    label = _label(request.label, info)
     one = SamplingRequest(
         prompt=request.prompt or "",
-        label=_label(request.label, info),
+        label=label,
+        classifier_scale=_classifier_scale(request.classifier_scale, label, info),
         like_HWC=_like(request.like, info),
         negative_prompt=request.negative_prompt,
         steps=steps,
@@ -221,6 +223,19 @@ def _label(wanted: int | str | None, info: ModelInfo) -> int | None:
         return label_of(wanted, info.classes, info.class_names)
     except ConfigError as error:
         raise RequestRefused(f"{error.what} {error.mend}", param="label") from None
+
+
+def _classifier_scale(wanted: float | None, label: int | None, info: ModelInfo) -> float:
+    """0 is without; a class that is named is drawn to, where nothing else is said."""
+    if wanted is None:
+        return 1.0 if info.has_classifier and label is not None else 0.0
+    if wanted and not info.has_classifier:
+        raise RequestRefused(
+            "This server has no classifier of noisy latents.", param="classifier_scale", code="unsupported_value"
+        )
+    if wanted and label is None:
+        raise RequestRefused("A classifier draws to a class: give its label.", param="classifier_scale")
+    return wanted
 
 
 def picture_seed(seed: int, j: int) -> int:

@@ -231,6 +231,7 @@ def _parameters(asked: SamplingRequest, drawn: Picture) -> dict[str, Any]:
         }
         | edit
         | ({} if asked.label is None else {"label": asked.label})
+        | ({} if not asked.classifier_scale else {"classifier_scale": asked.classifier_scale})
     )
 
 

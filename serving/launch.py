@@ -21,6 +21,7 @@ from ray import serve as ray_serve
 from ray.serve.exceptions import BackPressureError
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
+from latentray.checkpoint import store
 from latentray.config.serve import ServeConfig
 from latentray.errors import ArtifactError, EnvironmentRefused, LatentrayError
 from serving import app, keys
@@ -87,7 +88,8 @@ def serve(config: ServeConfig, block: bool = True) -> Endpoint:
     """
     hashes = keys.collect(config)
     registry = None if config.release else config.registry  # an alias names nothing where the release is given itself
-    config = dataclasses.replace(config, key_hashes=hashes, keys_file=None, registry=registry)
+    classifier = None if config.classifier is None else store.absolute(config.classifier)
+    config = dataclasses.replace(config, key_hashes=hashes, keys_file=None, registry=registry, classifier=classifier)
     keys.require(config, config.key_hashes)
     release = find_release(config)
     verify(release)

@@ -49,8 +49,9 @@ class Model(Protocol):
     takes_like: bool
     takes_mask: bool
     makes_larger: int
-    classes: int | None
-    class_names: tuple[str, ...]
+    labels: tuple[int | None, tuple[str, ...]]
+
+    def guide_by(self, classifier: Any) -> None: ...
 
     def sample(self, requests: Sequence[Any]) -> list[Any]: ...
 
@@ -82,15 +83,20 @@ def loader_of(import_path: str) -> Callable[..., Model]:
 
 
 def require_settings(config: ServeConfig, uri: str) -> None:
-    """Raise ConfigError for settings that the release has no use for."""
+    """Raise ConfigError for settings that the release has no use for; for a classifier as `classifier_folder.require_fit`."""
     if not policies.is_policy(uri, read_manifest(uri)):
+        if config.classifier is not None:
+            from latentray.inference import classifier_folder  # here, for the ingress has no torch
+
+            classifier_folder.require_fit(config.classifier, model=uri)
         return
-    for where, is_set in (("offload", config.offload), ("compile", config.compile)):
+    asked = {"offload": config.offload, "compile": config.compile, "classifier": config.classifier is not None}
+    for where, is_set in asked.items():
         if is_set:
             raise ConfigError(
-                "A policy is one small network: it is whole on the device, and not compiled.",
+                "A policy is one small network: it is whole on the device, not compiled, and no classifier knows its actions.",
                 where=where,
-                mend=f"Set {where}=false.",
+                mend=f"Leave {where}= out.",
             )
 
 
@@ -102,6 +108,11 @@ def load(config: ServeConfig, uri: str, release_id: str) -> Servable:
     if policies.is_policy(uri, found):
         return policies.load(config, uri, release_id, created=int(created.timestamp()))
     model = loader_of(config.loader)(uri, device=config.device, offload=config.offload, compile=config.compile)
+    if config.classifier is not None:
+        from latentray.inference import classifier_folder
+
+        model.guide_by(classifier_folder.load(config.classifier))
+    classes, class_names = model.labels
     info = ModelInfo(
         release_id=release_id,
         release=uri,
@@ -116,8 +127,9 @@ def load(config: ServeConfig, uri: str, release_id: str) -> Servable:
         frames=model.frames,
         fps=model.fps,
         takes_like=model.takes_like,
-        classes=model.classes,
-        class_names=tuple(model.class_names),
+        classes=classes,
+        class_names=tuple(class_names),
+        has_classifier=config.classifier is not None,
         makes_larger=model.makes_larger,
         takes_mask=model.takes_mask,
     )
@@ -170,6 +182,8 @@ class Loaded:
             height=size,
             width=size,
             frames=info.frames,
+            label=0 if info.has_classifier else None,
+            classifier_scale=1.0 if info.has_classifier else 0.0,
             small_HWC=np.full((small, small, 3), 127, np.uint8) if info.makes_larger else None,
         )
         (outcome,) = self.draw([request])

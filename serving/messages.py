@@ -74,9 +74,11 @@ class ModelInfo:
     takes_like: bool = False
     """Whether it has a vision encoder, for variations of pictures."""
     classes: int | None = None
-    """How many classes it draws; None for a model that knows none."""
+    """How many classes it draws, or its classifier draws to; None where neither knows any."""
     class_names: tuple[str, ...] = ()
     """Theirs, in their order, where they have names."""
+    has_classifier: bool = False
+    """Whether a classifier of noisy latents draws to the class that a request names."""
     makes_larger: int = 0
     """The factor of a super-resolution model; 0 for others."""
     takes_mask: bool = False
@@ -133,4 +135,5 @@ class ModelInfo:
         """What only some models have."""
         of_clips = {"frames": self.frames, "fps": self.fps}
         of_pictures = {"inpainting": self.takes_mask, "super_resolution": self.makes_larger, "like": self.takes_like}
+        of_pictures["classifier"] = self.has_classifier
         return of_clips | {"classes": self.classes, "class_names": list(self.class_names)} | of_pictures

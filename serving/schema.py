@@ -40,7 +40,9 @@ class DrawRequest(BaseModel):
         None, description="Models with a vision encoder: a picture to draw variations of, PNG, JPEG or WebP in base64."
     )
     label: int | str | None = Field(
-        None, description="Models of classes: the class to draw, its number or its name, see `GET /v1/models`."
+        None,
+        description="Models of classes, and servers with a classifier: the class to draw, its number or its name, see "
+        "`GET /v1/models`.",
     )
     negative_prompt: str | None = Field(None, description="What to steer away from.")
     num_inference_steps: int | None = Field(
@@ -54,6 +56,12 @@ class DrawRequest(BaseModel):
     )
     seed: int | None = Field(
         None, ge=0, le=MAX_SEED, description="Equal seeds give equal pictures; drawn where left out."
+    )
+    classifier_scale: float | None = Field(
+        None,
+        ge=0,
+        le=MAX_GUIDANCE,
+        description="Servers with a classifier: how strongly it draws to the `label`; 1 where left out, 0 is not at all.",
     )
     sampler: str | None = Field(None, description="One of the model's samplers, see `GET /v1/models`.")
 

@@ -53,7 +53,9 @@ class ServeConfig:
     """Device of the sampler: auto, cpu, cuda."""
     offload: bool = False
     """Less GPU memory, more time: each part of the model is on the device for its turn alone; pictures are decoded in strips."""
-
+    classifier: str | None = None
+    """URI of a classifier of noisy latents (`stage=classifier`) that fits the release, and those promoted after it: requests that
+    give a `label` are drawn to it, as strongly as their `classifier_scale` says, 1 where left out."""
     compile: bool = False
     """The denoiser by torch.compile: a replica takes minutes longer to start, and draws faster."""
 

@@ -56,31 +56,75 @@ class LatentClassifier:
     def require_for(self, model: Model) -> None:
         """Raise FingerprintMismatch where it knows other latents or noise levels than a model's, ConfigError where the model
         draws clips, or other classes."""
-        if model.frames:
-            raise ConfigError("Classifiers know pictures, and the model draws clips.", where=self.uri, mend=_LEAVE_OUT)
-        if self.latents != model.latents:
-            raise FingerprintMismatch(
-                f"The classifier knows latents of another autoencoder ({self.latents[:12]}; the model's is "
-                f"{model.latents[:12]}).",
-                where=self.uri,
-                mend="Train one on the latents that the model was trained on.",
-            )
-        if not timesteps.same_levels(schedules.build(self.objective), schedules.build(model.objective)):
-            raise FingerprintMismatch(
-                f"The classifier knows the noise levels of {_schedule(self.objective)}, and the model those of "
-                f"{_schedule(model.objective)}.",
-                where=self.uri,
-                mend="Train one with objective=<the model's>.",
-            )
-        drawn = model.denoiser.config.classes
-        named = model.classes and self.class_names and model.classes != self.class_names
-        if drawn is not None and (named or drawn != self.classes):
-            what = "classes of other names" if named else f"{drawn} classes"
-            raise ConfigError(
-                f"The classifier tells {self.classes} classes apart, and the model draws {what}.",
-                where=self.uri,
-                mend="Train one on the data set that the model was trained on.",
-            )
+        own = _Known(objective=self.objective, latents=self.latents, classes=self.classes, class_names=self.class_names)
+        of_model = _Known(
+            objective=model.objective,
+            latents=model.latents,
+            classes=model.denoiser.config.classes,
+            class_names=model.classes,
+            frames=model.frames,
+        )
+        _require_fit(own, of_model, where=self.uri)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Known:
+    """What a classifier and a model have to agree on."""
+
+    objective: ObjectiveConfig
+    latents: str | None
+    """Fingerprint; None where a model's description, of an earlier format, does not tell."""
+    classes: int | None
+    class_names: tuple[str, ...]
+    frames: int = 0
+
+    @classmethod
+    def read(cls, described: Mapping[str, Any], network: str) -> _Known:
+        """Of a folder's config.json, where the network's own part goes by that name."""
+        return cls(
+            objective=ObjectiveConfig(**described["objective"]),
+            latents=described.get("latents"),
+            classes=described[network].get("classes"),
+            class_names=tuple(described.get("classes", ())),
+            frames=described.get("frames", 0),
+        )
+
+
+def require_fit(uri: str, *, model: str) -> None:
+    """Raise as `LatentClassifier.require_for`, by the two folders' descriptions alone; no weights are read.
+
+    Raises InputMissing without a manifest, ArtifactError where the classifier is of another kind or format.
+    """
+    own = _Known.read(_description(uri, manifest.read(uri, kind=KIND)), "classifier")
+    of_model = json.loads(manifest.fetch_file(model, "config.json", manifest.read(model)).read_text())
+    _require_fit(own, _Known.read(of_model, "denoiser"), where=uri)
+
+
+def _require_fit(own: _Known, model: _Known, *, where: str) -> None:
+    if model.frames:
+        raise ConfigError("Classifiers know pictures, and the model draws clips.", where=where, mend=_LEAVE_OUT)
+    if model.latents is not None and own.latents != model.latents:
+        raise FingerprintMismatch(
+            f"The classifier knows latents of another autoencoder ({str(own.latents)[:12]}; the model's is "
+            f"{model.latents[:12]}).",
+            where=where,
+            mend="Train one on the latents that the model was trained on.",
+        )
+    if not timesteps.same_levels(schedules.build(own.objective), schedules.build(model.objective)):
+        raise FingerprintMismatch(
+            f"The classifier knows the noise levels of {_schedule(own.objective)}, and the model those of "
+            f"{_schedule(model.objective)}.",
+            where=where,
+            mend="Train one with objective=<the model's>.",
+        )
+    named = model.class_names and own.class_names and model.class_names != own.class_names
+    if model.classes is not None and (named or model.classes != own.classes):
+        what = "classes of other names" if named else f"{model.classes} classes"
+        raise ConfigError(
+            f"The classifier tells {own.classes} classes apart, and the model draws {what}.",
+            where=where,
+            mend="Train one on the data set that the model was trained on.",
+        )
 
 
 _LEAVE_OUT = "Leave out classifier=."
@@ -117,11 +161,7 @@ def load(uri: str, *, device: torch.device | str = "cpu") -> LatentClassifier:
     Raises InputMissing without a manifest, DigestMismatch for a file that differs, ArtifactError for another kind or format.
     """
     found, files = manifest.fetch_all(uri, kind=KIND)
-    described = json.loads(files["config.json"].read_text())
-    if described.get("format") != FORMAT:
-        raise ArtifactError(
-            f"The classifier has format {described.get('format')!r}.", where=uri, mend=f"Format {FORMAT} is read here."
-        )
+    described = _description(uri, found)
     net = build.denoiser(DenoiserConfig(**described["classifier"]), weights.read(files[_WEIGHTS]), where=uri)
     assert isinstance(net, NoisyClassifier)
     return LatentClassifier(
@@ -132,3 +172,12 @@ def load(uri: str, *, device: torch.device | str = "cpu") -> LatentClassifier:
         latents=described["latents"],
         class_names=tuple(described["classes"]),
     )
+
+
+def _description(uri: str, found: manifest.Manifest) -> dict[str, Any]:
+    described: dict[str, Any] = json.loads(manifest.fetch_file(uri, "config.json", found).read_text())
+    if described.get("format") != FORMAT:
+        raise ArtifactError(
+            f"The classifier has format {described.get('format')!r}.", where=uri, mend=f"Format {FORMAT} is read here."
+        )
+    return described

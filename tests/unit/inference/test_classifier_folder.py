@@ -141,6 +141,27 @@ def test_a_folder_of_before_there_were_classifiers_is_known_by_its_autoencoder(w
     assert model_folder.load(str(tmp_path / "again")).latents == model_folder.load(uri).latents == told
 
 
+def test_whether_it_fits_is_told_by_the_folders_descriptions_alone(write_model, write, tmp_path):
+    uri = write_model(V, denoiser=PLAIN)
+    latents = model_folder.load(uri).latents
+    four = dataclasses.replace(NET, classes=4)
+    classifier_folder.require_fit(write(latents=latents), model=uri)
+    classifier_folder.require_fit(
+        write(latents=latents, config=four, names=()), model=uri
+    )  # it draws no classes itself
+    for refused, error, told in (
+        (write(latents="another"), FingerprintMismatch, "another autoencoder"),
+        (write(dataclasses.replace(V, timesteps=500), latents=latents), FingerprintMismatch, "noise levels"),
+        (write(latents=latents, kind="model"), ArtifactError, "a model"),
+        (str(tmp_path / "nowhere"), InputMissing, "no artifact|not there|no manifest"),
+    ):
+        with pytest.raises(error, match=told):
+            classifier_folder.require_fit(refused, model=uri)
+    of_classes = write_model(V, denoiser=OF_CLASSES)
+    with pytest.raises(ConfigError, match="draws 3 classes"):
+        classifier_folder.require_fit(write(latents=latents, config=four, names=()), model=of_classes)
+
+
 def test_a_model_without_classes_takes_a_label_by_its_classifier_alone(guided):
     assert (guided.classes, guided.labels, guided.name_of(1)) == (None, (3, NAMES), "tench")
     guided.check(asked(guided, 2.0))

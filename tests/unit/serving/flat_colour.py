@@ -41,8 +41,7 @@ class FlatColour:
     takes_like = False
     takes_mask = False
     makes_larger = 0
-    classes = None
-    class_names = ()
+    labels = (None, ())
 
     def __init__(self) -> None:
         self.calls: list[int] = []

@@ -126,13 +126,13 @@ def test_a_policy_changes_no_pictures(client):
     assert answer.status_code == 400 and "/v1/actions" in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("setting", ["offload", "compile"])
-def test_what_a_policy_has_no_use_for_is_refused_before_it_is_served(release, setting):
-    config = ServeConfig(release=release, allow_anonymous=True, **{setting: True})
+@pytest.mark.parametrize(("setting", "value"), [("offload", True), ("compile", True), ("classifier", "runs/c")])
+def test_what_a_policy_has_no_use_for_is_refused_before_it_is_served(release, setting, value):
+    config = ServeConfig(release=release, allow_anonymous=True, **{setting: value})
     for refuse in (
         lambda: loading.load(config, release, "p-1"),
         lambda: launch.serve(config),
-        lambda: app.build({"release": release, "allow_anonymous": True, setting: True}),
+        lambda: app.build({"release": release, "allow_anonymous": True, setting: value}),
     ):
         with pytest.raises(ConfigError, match="one small network") as caught:
             refuse()

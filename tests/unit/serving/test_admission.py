@@ -88,6 +88,29 @@ def test_a_class_that_the_model_does_not_know_is_refused(info, config, wanted, t
         admit(ImagesRequest(prompt="x", label=0), info, limits(config), fresh_seed=0)
 
 
+def test_a_classifier_draws_to_the_class_that_is_named_as_strongly_as_is_asked(info, config):
+    guided = dataclasses.replace(info, classes=3, has_classifier=True)
+    for fields, scale in (
+        ({"label": 1}, 1.0),
+        ({"label": 1, "classifier_scale": 4.0}, 4.0),
+        ({"label": 1, "classifier_scale": 0.0}, 0.0),
+        ({}, 0.0),
+        ({"classifier_scale": 0.0}, 0.0),
+    ):
+        admitted = admit(ImagesRequest(prompt="x", n=2, **fields), guided, limits(config), fresh_seed=0)
+        assert [one.classifier_scale for one in admitted.pictures] == [scale, scale]
+    assert guided.public()["classifier"] is True and "classifier" not in info.public()
+    of_classes = dataclasses.replace(info, classes=3)
+    assert admit(ImagesRequest(label=1), of_classes, limits(config), fresh_seed=0).pictures[0].classifier_scale == 0
+    for model, fields, told in (
+        (guided, {"classifier_scale": 2.0}, "give its label"),
+        (of_classes, {"label": 1, "classifier_scale": 2.0}, "no classifier"),
+    ):
+        with pytest.raises(RequestRefused, match=told) as caught:
+            admit(ImagesRequest(prompt="x", **fields), model, limits(config), fresh_seed=0)
+        assert caught.value.param == "classifier_scale" and caught.value.status == 400
+
+
 def sent(pixels: np.ndarray, kind: str = "PNG") -> str:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind)

@@ -21,8 +21,8 @@ from latentray.config.denoiser import DenoiserConfig
 from latentray.config.objective import ObjectiveConfig
 from latentray.config.serve import ServeConfig
 from latentray.config.text_encoder import TinyTextEncoderConfig
-from latentray.errors import RequestRefused
-from latentray.inference import model_folder, sampling
+from latentray.errors import ArtifactError, RequestRefused
+from latentray.inference import classifier_folder, model_folder, sampling
 from latentray.inference.requests import SamplingRequest
 from latentray.inference.sampling import TextToImage
 from latentray.models.autoencoder import KLAutoencoder, LatentScale
@@ -128,9 +128,12 @@ def asked(**changes) -> SamplingRequest:
     return SamplingRequest(**(values | changes))
 
 
-def shell(uri: str, **changes) -> np.ndarray:
+def shell(uri: str, *, classifier: str | None = None, **changes) -> np.ndarray:
     """The picture that `jobs.sample` would draw."""
-    return TextToImage.load(uri, device="cpu").sample([asked(**changes)])[0].pixels_HWC
+    model = TextToImage.load(uri, device="cpu")
+    if classifier is not None:
+        model.guide_by(classifier_folder.load(classifier))
+    return model.sample([asked(**changes)])[0].pixels_HWC
 
 
 def test_a_picture_is_made_larger_as_by_the_sampler(serve, released):
@@ -170,6 +173,47 @@ def test_a_class_is_drawn_by_number_and_by_name(serve, released):
     (changed,) = edited(client, PIXELS, label="tench")
     assert np.array_equal(changed, shell(released["classes"], label=1, picture_HWC=PIXELS, strength=0.7))
     assert client.get("/v1/models").json()["data"][0]["latentray"]["class_names"] == ["ape", "tench", "zebra"]
+
+
+@pytest.fixture(scope="module")
+def classifier(released, tmp_path_factory) -> str:
+    """Of the latents that all models here share, and three classes."""
+    root = tmp_path_factory.mktemp("classifier")
+    (root / "built").mkdir()
+    config = dataclasses.replace(KINDS["classes"][0], family="classifier")
+    classifier_folder.write(
+        root / "built",
+        config=config,
+        state=build.seeded(lambda: build.denoiser(config), 3).state_dict(),
+        objective=ObjectiveConfig(prediction="v"),
+        latents=model_folder.load(released["plain"]).latents,
+        class_names=("ape", "tench", "zebra"),
+    )
+    manifest.publish(root / "built", root / "published", kind="classifier")
+    return str(root / "published")
+
+
+@pytest.mark.parametrize("kind", ["plain", "classes"])
+def test_a_classifier_draws_to_a_class_over_http(serve, released, classifier, kind):
+    client = serve(kind, classifier=classifier)
+    told = client.get("/v1/models").json()["data"][0]["latentray"]
+    assert told["classifier"] and "label" in told["conditions"] and told["class_names"] == ["ape", "tench", "zebra"]
+    for sent, drawn in (
+        ({"label": "tench"}, {"label": 1, "classifier_scale": 1.0, "classifier": classifier}),
+        ({"label": 1, "classifier_scale": 9}, {"label": 1, "classifier_scale": 9.0, "classifier": classifier}),
+        ({"label": 1, "classifier_scale": 0}, {"label": 1 if kind == "classes" else None}),
+    ):
+        (answered,) = pictures_of(client.post("/v1/images/generations", json={"seed": 5, **sent}))
+        assert np.array_equal(answered, shell(released[kind], **drawn))
+    one, nine = (edited(client, PIXELS, label="tench", classifier_scale=scale)[0] for scale in (1, 9))
+    assert not np.array_equal(one, nine)
+
+
+def test_a_classifier_of_another_model_is_refused_before_a_replica_starts(released, classifier):
+    config = ServeConfig(release=released["plain"], allow_anonymous=True, classifier=released["plain"])
+    with pytest.raises(ArtifactError, match="classifier"):
+        loading.require_settings(config, released["plain"])
+    loading.require_settings(dataclasses.replace(config, classifier=classifier), released["plain"])
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
