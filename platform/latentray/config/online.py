@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from latentray.config.feed import CROPS
-from latentray.config.precompute_latents import DTYPES
+from latentray.config.precompute_latents import DTYPES, ENCODER_PRECISIONS
 from latentray.config.text_encoder import TextEncoderConfig, require_names
 from latentray.errors import ConfigError
 
@@ -23,6 +23,8 @@ class OnlineConfig:
     """Instead of that one, several, each under a name of its own, as precompute_latents takes them."""
     batch_size: int = 16
     """The one shape pictures are encoded in, the last batch padded; as stored latents', both are equal bit for bit."""
+    precision: str = "fp32"
+    """fp32 or bf16: what the autoencoder computes in."""
     latent_dtype: str = "float32"
     """float16, bfloat16 or float32: what mean and log-variance are rounded to, as they would be stored."""
     text_dtype: str = "float16"
@@ -38,6 +40,10 @@ class OnlineConfig:
         for key in ("latent_dtype", "text_dtype"):
             if getattr(self, key) not in DTYPES:
                 raise ConfigError(f"{key} takes {', '.join(DTYPES)}.", where=f"online.{key}", mend="Correct it.")
+        if self.precision not in ENCODER_PRECISIONS:
+            raise ConfigError(
+                f"precision takes {', '.join(ENCODER_PRECISIONS)}.", where="online.precision", mend="Correct it."
+            )
         if self.crop not in CROPS:
             raise ConfigError(
                 f"There is no crop {self.crop!r}.", where="online.crop", mend=f"Known: {', '.join(CROPS)}."

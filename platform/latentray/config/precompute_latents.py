@@ -9,6 +9,7 @@ from latentray.config.text_encoder import TextEncoderConfig, require_names
 from latentray.errors import ConfigError
 
 DTYPES = ("float16", "bfloat16", "float32")
+ENCODER_PRECISIONS = ("fp32", "bf16")
 MOST_CROPS = 32
 
 
@@ -82,6 +83,9 @@ class PrecomputeLatents:
     """Store each cut mirrored too."""
     batch_size: int = 64
     """So many pictures, or frames, of one shape are encoded together; the last batch of a shard and shape is padded to it."""
+    precision: str = "fp32"
+    """fp32 or bf16: what the autoencoder computes in. In bf16 a CPU with bf16 units takes a sixth of the time, and latents move
+    by about a hundredth of their deviation."""
     latent_dtype: str = "float32"
     """float16, bfloat16 or float32: the type of stored mean and log-variance."""
     text_dtype: str = "float16"
@@ -122,6 +126,10 @@ class PrecomputeLatents:
         for key in ("latent_dtype", "text_dtype"):
             if getattr(self, key) not in DTYPES:
                 raise ConfigError(f"{key} takes {', '.join(DTYPES)}.", where=key, mend="Correct it.")
+        if self.precision not in ENCODER_PRECISIONS:
+            raise ConfigError(
+                f"precision takes {', '.join(ENCODER_PRECISIONS)}.", where="precision", mend="Correct it."
+            )
         if len(self.actors) != 2 or not 1 <= self.actors[0] <= self.actors[1]:
             raise ConfigError("actors takes [fewest, most].", where="actors", mend="Set actors=[1,2], say.")
         require_names(self.all_text_encoders, where="text_encoders")

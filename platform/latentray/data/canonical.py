@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from latentray.build import AutoencoderArtifact
 from latentray.conditioning.encoders import CaptionEncoder, ImageEncoder, prefix
 from latentray.errors import DataError
 from latentray.models.autoencoder import KLAutoencoder, Posterior
@@ -23,10 +24,16 @@ _CACHED_TEXT_BYTES = 256 << 20
 
 
 @torch.no_grad()
+def load(artifact: AutoencoderArtifact, device: torch.device, precision: str) -> KLAutoencoder:
+    """An artifact's autoencoder, frozen, ready to `encode` in fp32 or bf16."""
+    net = artifact.load().to(device)
+    return net if precision == "fp32" else net.to(torch.bfloat16, memory_format=torch.channels_last)
+
+
 def encode(
     autoencoder: KLAutoencoder, x_BCHW: Tensor, *, batch_size: int, dtype: torch.dtype, where: str = ""
 ) -> Posterior:
-    """Pictures in [-1, 1], on the autoencoder's device -> mean and log-variance there, rounded to `dtype`.
+    """Pictures in [-1, 1], on the autoencoder's device -> mean and log-variance there, computed in its type, rounded to `dtype`.
 
     Args:
         batch_size: how many go through the autoencoder at a time, always; the last batch is padded.
@@ -35,6 +42,7 @@ def encode(
     Raises DataError for latents that are no numbers in `dtype`.
     """
     means, logvars = [], []
+    x_BCHW = x_BCHW.to(next(autoencoder.parameters(), x_BCHW).dtype)
     for some in x_BCHW.split(batch_size):
         whole = some
         if len(some) < batch_size:

@@ -20,7 +20,7 @@ class Encoder:
         if self.device.type == "cpu":
             allocator.keep_freed_memory()
             torch.set_num_threads(1)  # an encoder asks Ray for one core
-        self.autoencoder = build.autoencoder_artifact(job.autoencoder).load().to(self.device)
+        self.autoencoder = canonical.load(build.autoencoder_artifact(job.autoencoder), self.device, job.precision)
         loaded = [one.load(self.device) for one in job.texts]
         dtype = getattr(torch, job.text_dtype)
         self.texts = [CaptionEmbedder(one, dtype) for one in loaded if not isinstance(one, ImageEncoder)]

@@ -99,6 +99,7 @@ def plan(config: PrecomputeLatents, scratch: Path | None = None) -> Plan:
         window=window,
         variants=stores[0][0].variants,
         batch_size=config.batch_size,
+        precision=config.precision,
         latent_dtype=config.latent_dtype,
         text_dtype=config.text_dtype,
         max_pixels=config.max_pixels,

@@ -62,6 +62,8 @@ class Job:
     variants: tuple[int, ...]
     batch_size: int
     """Pictures or frames that are encoded together."""
+    precision: str = "fp32"
+    """What the autoencoder computes in."""
     latent_dtype: str
     text_dtype: str
     max_pixels: int

@@ -198,7 +198,9 @@ def key_of(
         "latent_dtype": config.latent_dtype,
         "text_dtype": config.text_dtype,
     }
-    return store.digest_of(decides | ({"frames": frames, "fps": fps} if frames else {}))
+    of_clips = {"frames": frames, "fps": fps} if frames else {}
+    computed = {"precision": config.precision} if config.precision != "fp32" else {}
+    return store.digest_of(decides | of_clips | computed)
 
 
 def text_tensors(record: str, text: TextEmbedding, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -161,6 +161,10 @@ def _dtype(config: Train) -> torch.dtype:
     return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
 
+def _encoded_in(config: Train) -> torch.dtype:
+    return torch.bfloat16 if config.online.precision == "bf16" else torch.float32
+
+
 class _DiffusionStep:
     """Stage 2 and classifiers: encode where that is done online, one forward and one backward pass of the network."""
 
@@ -176,7 +180,7 @@ class _DiffusionStep:
             self.networks += (_frozen("kept layers", kept),)
         self.encoder: KLAutoencoder | None = None
         if config.online.enabled:
-            self.encoder = build.autoencoder(config.autoencoder).eval().requires_grad_(False)
+            self.encoder = build.autoencoder(config.autoencoder).eval().requires_grad_(False).to(_encoded_in(config))
             self.modules.append(self.encoder)
             self.networks += (_frozen("autoencoder", self.encoder.parameters(), buffers=self.encoder.buffers()),)
 
@@ -214,8 +218,9 @@ class _DiffusionStep:
         assert self.encoder is not None
         side = _side(self.config)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            shape = (one, self.config.autoencoder.in_channels, side, side)
             for _ in range(-(-batch // one)):
-                self.encoder.encode(torch.empty(one, self.config.autoencoder.in_channels, side, side))
+                self.encoder.encode(torch.empty(shape, dtype=_encoded_in(self.config)))
 
 
 class _AutoencoderStep:

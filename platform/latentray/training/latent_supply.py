@@ -18,8 +18,8 @@ from latentray.conditioning import beside, combination, denoiser_inputs
 from latentray.conditioning.encoders import Encoder, ImageEncoder, load_configured
 from latentray.config.denoiser import DenoiserConfig
 from latentray.config.train import Train
-from latentray.data import latents
-from latentray.data.canonical import CaptionEmbedder, PictureEmbedder, encode
+from latentray.data import canonical, latents
+from latentray.data.canonical import CaptionEmbedder, PictureEmbedder
 from latentray.data.latent_batches import latent_batches
 from latentray.data.latents import LatentStore, TextSource
 from latentray.data.picture_batches import picture_batches
@@ -133,7 +133,7 @@ class OnlineLatents:
         self.online, self.workers, self.device = config.online, config.loader_workers, device
         self.beside, self.seed = config.beside, config.seed
         artifact = build.autoencoder_artifact(autoencoder_uri(config))
-        self.autoencoder = artifact.load().to(device)
+        self.autoencoder = canonical.load(artifact, device, config.online.precision)
         loaded = load_encoders(config, device)
         dtype, zero = getattr(torch, config.online.text_dtype), denoiser_weights.zero_when_dropped(config)
         self.embedders: list[CaptionEmbedder | PictureEmbedder] = [
@@ -150,7 +150,8 @@ class OnlineLatents:
             size=max(config.buckets.sizes, default=config.size),
             zero_when_empty=zero,
         )
-        self.feed = Feed.open(config, encoded_by=[str(one) for one in self.space.facts.values()])
+        computed = [] if config.online.precision == "fp32" else [config.online.precision]
+        self.feed = Feed.open(config, encoded_by=[*map(str, self.space.facts.values()), *computed])
         self.space = dataclasses.replace(self.space, classes=class_names(self.feed.sets[0]))
         self.told = SampleFacts(self.feed.sets)
         digests = by_encoder([one for one, _ in loaded], lambda one: one.digest)
@@ -187,7 +188,7 @@ class OnlineLatents:
         return embedder.embed(batch.captions)
 
     def _encode(self, x_BCHW: Tensor) -> Posterior:
-        return encode(
+        return canonical.encode(
             self.autoencoder,
             x_BCHW,
             batch_size=self.online.batch_size,

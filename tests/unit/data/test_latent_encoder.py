@@ -106,6 +106,17 @@ def test_latents_are_stored_in_the_type_asked_for(job, dtype):
     assert torch.equal(mean, exact.to(mean.dtype))
 
 
+def test_in_bf16_latents_move_by_about_a_hundredth_and_do_not_depend_on_their_neighbours(job):
+    exact, _ = Encoder(job).latents(PIXELS)
+    encoder = changed(job, precision="bf16")
+    mean, logvar = encoder.latents(PIXELS)
+    assert mean.dtype == logvar.dtype == torch.float32 and not torch.equal(mean, exact)
+    assert (mean - exact).std() < 0.02 * exact.std()
+    assert next(encoder.autoencoder.parameters()).dtype == torch.bfloat16
+    for i in (0, 3, 8):
+        assert torch.equal(encoder.latents(PIXELS[i : i + 1])[0][0], mean[i])
+
+
 def test_latents_that_are_no_numbers_are_refused(job):
     encoder = Encoder(job)
     with torch.no_grad():

@@ -34,11 +34,11 @@ def test_the_key_covers_what_decides_a_records_bytes_and_nothing_else():
     changes = [dict(autoencoder_fingerprint="b"), dict(size=128), *(dict(texts=(one,)) for one in others)]
     for change in [*changes, dict(texts=()), dict(texts=(TEXT, others[1]))]:
         keys.add(latents.key_of(CONFIG, **KEY | change))
-    for change in (dict(latent_dtype="float16"), dict(text_dtype="float32")):
+    for change in (dict(latent_dtype="float16"), dict(text_dtype="float32"), dict(precision="bf16")):
         keys.add(latents.key_of(dataclasses.replace(CONFIG, **change), **KEY))
     for change in (dict(size=None), dict(frames=8, fps=4.0), dict(frames=8, fps=8.0), dict(frames=16, fps=8.0)):
         keys.add(latents.key_of(CONFIG, **KEY | change))
-    assert len(keys) == 13
+    assert len(keys) == 14
     same = dict(out="elsewhere", actors=[2, 4], device="cpu", batch_size=8, crops=3, flip_variants=True, reuse="x")
     assert latents.key_of(dataclasses.replace(CONFIG, **same), **KEY) == latents.key_of(CONFIG, **KEY)
     moved = dataclasses.replace(TEXT, source="elsewhere")

@@ -79,6 +79,7 @@ def test_buckets_follow_the_index(load):
         (["online.enabled=true"], "online.enabled"),
         (["online.batch_size=0"], "online.batch_size"),
         (["online.latent_dtype=float8"], "online.latent_dtype"),
+        (["online.precision=fp16"], "online.precision"),
         (["online.text_dtype=int8"], "online.text_dtype"),
         (["online.crop=left"], "online.crop"),
     ],
