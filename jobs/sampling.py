@@ -64,7 +64,7 @@ def draw(config: Sample) -> str:
     uri = _model_uri(found)
     picture, mask = _pixels(config.picture, "picture"), _pixels(config.mask, "mask")
     small, like = _pixels(config.small, "small"), _pixels(config.like, "like")
-    model = TextToImage.load(uri, device=config.device, offload=config.offload, compile=config.compile)
+    model = _loaded(uri, config)
     refiner = _refiner(found)
     if found.classifier is not None:
         model.guide_by(classifier_folder.load(store.absolute(found.classifier)))
@@ -259,8 +259,16 @@ def _draw_all(
 def _refiner(config: Sample) -> TextToImage | None:
     if config.refiner is None:
         return None
+    return _loaded(store.absolute(config.refiner), config)
+
+
+def _loaded(uri: str, config: Sample) -> TextToImage:
     return TextToImage.load(
-        store.absolute(config.refiner), device=config.device, offload=config.offload, compile=config.compile
+        uri,
+        device=config.device,
+        offload=config.offload,
+        compile=config.compile,
+        text_precision=config.text_precision,
     )
 
 

@@ -90,11 +90,12 @@ def require_settings(config: ServeConfig, uri: str) -> None:
 
             classifier_folder.require_fit(config.classifier, model=uri)
         return
-    asked = {"offload": config.offload, "compile": config.compile, "classifier": config.classifier is not None}
+    asked = {"offload": config.offload, "compile": config.compile}
+    asked |= {name: getattr(config, name) is not None for name in ("classifier", "text_precision")}
     for where, is_set in asked.items():
         if is_set:
             raise ConfigError(
-                "A policy is one small network: it is whole on the device, not compiled, and no classifier knows its actions.",
+                "A policy is one small network: it is whole on the device, not compiled, and has neither texts nor classes.",
                 where=where,
                 mend=f"Leave {where}= out.",
             )
@@ -107,7 +108,10 @@ def load(config: ServeConfig, uri: str, release_id: str) -> Servable:
     require_settings(config, uri)
     if policies.is_policy(uri, found):
         return policies.load(config, uri, release_id, created=int(created.timestamp()))
-    model = loader_of(config.loader)(uri, device=config.device, offload=config.offload, compile=config.compile)
+    chosen = {} if config.text_precision is None else {"text_precision": config.text_precision}
+    model = loader_of(config.loader)(
+        uri, device=config.device, offload=config.offload, compile=config.compile, **chosen
+    )
     if config.classifier is not None:
         from latentray.inference import classifier_folder
 

@@ -35,7 +35,7 @@ def load(
 
 def load_configured(config: TextEncoderConfig, *, source: str = "", device: torch.device | str = "cpu") -> Encoder:
     """The encoder of a configuration, from where it says or from another `source`. Raises as `load` does."""
-    reading = Reading(kind=config.kind, layer=config.layer, max_tokens=config.max_tokens)
+    reading = Reading(kind=config.kind, layer=config.layer, max_tokens=config.max_tokens, precision=config.precision)
     return load(source or config.source, name=config.name, reading=reading, device=device)
 
 

@@ -124,7 +124,7 @@ class ImageEncoder:
         float32 on the CPU.
         """
         inner = self.reading.layer > 1
-        x = self.preprocessing.normalised(views_BHWC.to(self.model.device))
+        x = self.preprocessing.normalised(views_BHWC.to(self.model.device)).to(self.model.dtype)
         out = self.model(pixel_values=x, output_hidden_states=inner)
         tokens = out.hidden_states[-self.reading.layer] if inner else out.last_hidden_state
         return TextEmbedding(
@@ -159,7 +159,7 @@ def load(source: str, *, name: str, reading: Reading, device: torch.device | str
     preprocessing = Preprocessing.of(json.loads((folder / SETTINGS).read_text()), where=source)
     with text.offline():
         model = transformers.CLIPVisionModelWithProjection.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+            folder, local_files_only=True, use_safetensors=True, dtype=reading.dtype
         )
     if preprocessing.height != model.config.image_size or preprocessing.width != model.config.image_size:
         raise ArtifactError(
@@ -189,7 +189,7 @@ def files_of(folder: Path, where: str) -> list[str]:
 
 def _decides(folder: Path, reading: Reading) -> dict[str, Any]:
     digests: dict[str, Any] = {name: store.sha256_of(folder / name) for name in files_of(folder, str(folder))}
-    return digests | {"reading": dataclasses.asdict(reading)}
+    return digests | {"reading": reading.decides()}
 
 
 def _require_kind(folder: Path, reading: Reading, where: str) -> None:

@@ -37,6 +37,16 @@ class Reading:
     """Counted from the last; 1 is the model's output, normalised where it is text."""
     max_tokens: int | None = None
     """t5 and tokens: their own number has no limit."""
+    precision: str = "fp32"
+    """fp32 or bf16: what the network computes in."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    def decides(self) -> dict[str, Any]:
+        """What fingerprints are made of. That of fp32 is as it was before there was another precision."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if (k, v) != ("precision", "fp32")}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -121,7 +131,7 @@ def load(
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         _require_kind(folder, reading, source)
         model = getattr(transformers, _CLASSES[reading.kind]).from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+            folder, local_files_only=True, use_safetensors=True, dtype=reading.dtype
         )
     model = model.eval().requires_grad_(False).to(device)
     fingerprint = fingerprint_of(folder, reading)
@@ -179,7 +189,7 @@ def fingerprint_of(folder: Path, reading: Reading = Reading()) -> str:
     """sha256 over the digests of the files that decide what a caption embeds to, and how they are read."""
     decides: dict[str, Any] = {f: store.sha256_of(folder / f) for f in files_of(folder, str(folder)) if f != FILES[3]}
     if reading != Reading():
-        decides["reading"] = dataclasses.asdict(reading)
+        decides["reading"] = reading.decides()
     return store.digest_of(decides)
 
 

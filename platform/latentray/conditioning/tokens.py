@@ -82,7 +82,7 @@ def load(source: str, *, name: str, reading: Reading, device: torch.device | str
 
     with text.offline():
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    decides = {"tokenizer.json": store.sha256_of(folder / files[0]), "reading": dataclasses.asdict(reading)}
+    decides = {"tokenizer.json": store.sha256_of(folder / files[0]), "reading": reading.decides()}
     fingerprint = store.digest_of(decides)
     return TokenReader(
         tokenizer=tokenizer,

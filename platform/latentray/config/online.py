@@ -6,8 +6,8 @@ import dataclasses
 from pathlib import Path
 
 from latentray.config.feed import CROPS
-from latentray.config.precompute_latents import DTYPES, ENCODER_PRECISIONS
-from latentray.config.text_encoder import TextEncoderConfig, require_names
+from latentray.config.precompute_latents import DTYPES
+from latentray.config.text_encoder import ENCODER_PRECISIONS, TextEncoderConfig, require_names
 from latentray.errors import ConfigError
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 from latentray.config.feed import DamageConfig
-from latentray.config.text_encoder import TextEncoderConfig, require_names
+from latentray.config.text_encoder import ENCODER_PRECISIONS, TextEncoderConfig, require_names
 from latentray.errors import ConfigError
 
 DTYPES = ("float16", "bfloat16", "float32")
-ENCODER_PRECISIONS = ("fp32", "bf16")
 MOST_CROPS = 32
 
 

@@ -7,6 +7,7 @@ import math
 import re
 
 from latentray.config.bounds import check_guidance
+from latentray.config.text_encoder import require_precision
 from latentray.errors import ConfigError
 
 OUTPUTS = (".png", ".webp", ".mp4")
@@ -90,10 +91,13 @@ class Sample:
     device: str = "auto"
     offload: bool = False
     """Less memory, more time: each part of the model is on the device for its turn alone, and pictures are decoded in strips."""
+    text_precision: str | None = None
+    """fp32 or bf16: what text encoders compute in; null is what the model learnt from."""
     compile: bool = False
     """The denoiser by torch.compile: the first step takes minutes, all others less; for many pictures."""
 
     def __post_init__(self) -> None:
+        require_precision(self.text_precision)
         if not self.release:
             raise ConfigError("A release is needed.", where="release", mend="Add release=<folder, URI or alias>.")
         if self.episodes < 0:

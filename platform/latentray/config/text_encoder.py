@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from latentray.errors import ConfigError
 
 KINDS = ("clip", "clip_projection", "t5", "clip_vision", "tokens")
+ENCODER_PRECISIONS = ("fp32", "bf16")
+"""What encoders that are not trained can compute in."""
 COUNTED = ("t5", "tokens")
 """Kinds whose number of tokens is a setting."""
 
@@ -48,6 +50,9 @@ class TextEncoderConfig:
     layer, not normalised (SDXL, SD 3)."""
     max_tokens: int | None = None
     """t5 and tokens: captions are padded and cut to so many tokens; null is 256 and 77. CLIP has its own number."""
+    precision: str = "fp32"
+    """fp32 or bf16: what the network computes in, where it embeds captions to train on and where the model draws. In bf16 T5 XXL
+    takes 9.5 GB and not 19."""
     build: TinyTextEncoderConfig | None = None
     """Make a tiny encoder with its own tokenizer at `source` instead of loading one (for runs without downloads)."""
 
@@ -64,10 +69,26 @@ class TextEncoderConfig:
                 where="text_encoder.max_tokens",
                 mend="Leave it null.",
             )
+        if self.precision not in ENCODER_PRECISIONS or (self.kind == "tokens" and self.precision != "fp32"):
+            raise ConfigError(
+                f"precision takes {', '.join(ENCODER_PRECISIONS)}, and a tokenizer alone computes nothing.",
+                where="text_encoder.precision",
+                mend="Set it to fp32.",
+            )
         if self.build is not None and self.kind != "clip":
             raise ConfigError(
                 "Tiny encoders are made of kind clip.", where="text_encoder.build", mend="Set it to null."
             )
+
+
+def require_precision(precision: str | None) -> None:
+    """Raise ConfigError for a `text_precision` that there is not."""
+    if precision is not None and precision not in ENCODER_PRECISIONS:
+        raise ConfigError(
+            f"text_precision takes {', '.join(ENCODER_PRECISIONS)}.",
+            where="text_precision",
+            mend="Correct it; null is what the model learnt from.",
+        )
 
 
 def require_names(encoders: Sequence[TextEncoderConfig], *, where: str) -> None:

@@ -47,6 +47,8 @@ class TextSource:
     max_tokens: int
     kind: str = "clip"
     layer: int = 1
+    precision: str = "fp32"
+    """What it computes in."""
     vocabulary: int = 0
     """Of a tokenizer alone: token numbers lie below it."""
 
@@ -66,13 +68,14 @@ class TextSource:
             max_tokens=encoder.max_tokens,
             kind=encoder.reading.kind,
             layer=encoder.reading.layer,
+            precision=encoder.reading.precision,
             vocabulary=encoder.vocabulary if isinstance(encoder, TokenReader) else 0,
         )
 
     def load(self, device: torch.device | str = "cpu") -> Encoder:
         """The encoder. Raises FingerprintMismatch where it is not the one it was."""
         limit = self.max_tokens if self.kind in COUNTED else None
-        reading = Reading(kind=self.kind, layer=self.layer, max_tokens=limit)
+        reading = Reading(kind=self.kind, layer=self.layer, max_tokens=limit, precision=self.precision)
         found = encoders.load(self.source, name=self.name, reading=reading, device=device)
         if found.fingerprint != self.fingerprint:
             raise FingerprintMismatch(

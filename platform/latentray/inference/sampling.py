@@ -49,9 +49,11 @@ class TextToImage:
         dtype: torch.dtype | None = None,
         offload: bool = False,
         compile: bool = False,
+        text_precision: str | None = None,
     ) -> None:
         """
         Args:
+            text_precision: fp32 or bf16, what text and vision encoders compute in; None is what the model learnt from.
             compile: by torch.compile, the denoiser: the first steps of a new size take minutes, all others less time. On a CPU
                 each of at most three graphs then holds the weights once more, as its products take them.
             offload: keep each part on the device for its turn alone, and decode in strips (`models.tiling`): less memory, more
@@ -66,6 +68,8 @@ class TextToImage:
         layout = torch.channels_last if self.dtype == torch.bfloat16 else torch.contiguous_format
         self.denoiser = model.denoiser.to(self.dtype, memory_format=layout)
         self.autoencoder = model.autoencoder.to(self.dtype)
+        for encoder in model.text_encoders if text_precision is not None else ():
+            encoder.model.to(torch.bfloat16 if text_precision == "bf16" else torch.float32)
         self._compiled = compile
         if compile:
             build.require_compiler()
@@ -78,11 +82,20 @@ class TextToImage:
         self._embeddings: collections.OrderedDict[str, tuple[TextEmbedding, ...]] = collections.OrderedDict()
 
     @classmethod
-    def load(cls, uri: str, *, device: str = "auto", offload: bool = False, compile: bool = False) -> TextToImage:
+    def load(
+        cls,
+        uri: str,
+        *,
+        device: str = "auto",
+        offload: bool = False,
+        compile: bool = False,
+        text_precision: str | None = None,
+    ) -> TextToImage:
         """Load a model or release folder, verified by its manifest. On a CPU this process keeps what it frees from then on."""
         if build.device(device).type == "cpu":
             allocator.keep_freed_memory()
-        return cls(model_folder.load(uri), device=device, offload=offload, compile=compile)
+        found = model_folder.load(uri)
+        return cls(found, device=device, offload=offload, compile=compile, text_precision=text_precision)
 
     @property
     def defaults(self) -> SamplingDefaults:

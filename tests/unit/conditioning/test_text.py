@@ -8,7 +8,8 @@ import torch
 
 from latentray.checkpoint import manifest, store
 from latentray.conditioning import text, tiny_text_encoder
-from latentray.config.text_encoder import TinyTextEncoderConfig
+from latentray.config.text_encoder import TextEncoderConfig, TinyTextEncoderConfig
+from latentray.data.latents import TextSource
 from latentray.errors import ArtifactError, ConfigError, InputMissing
 
 CAPTIONS = ["a red circle on a white background", "a blue square on a black background", "green"]
@@ -68,6 +69,31 @@ def test_the_fingerprint_covers_weights_and_tokenizer(folder, tmp_path, encoder)
         data[-10] ^= 1
         (copy / name).write_bytes(bytes(data))
         assert text.fingerprint_of(copy) != encoder.fingerprint
+
+
+def test_in_bf16_embeddings_move_by_about_a_hundredth_under_a_fingerprint_of_their_own(folder, encoder):
+    half = text.load(str(folder), reading=text.Reading(precision="bf16"))
+    assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
+    exact, found = encoder.embed(CAPTIONS), half.embed(CAPTIONS)
+    for ours, theirs in ((found.tokens_BLD, exact.tokens_BLD), (found.pooled_BD, exact.pooled_BD)):
+        assert ours.dtype == torch.float32 and not torch.equal(ours, theirs)
+        assert (ours - theirs).std() < 0.02 * theirs.std()
+    assert half.fingerprint != encoder.fingerprint
+    source = TextSource.of(half, str(folder))
+    assert source.precision == "bf16" and source.load().fingerprint == half.fingerprint
+
+
+def test_a_reading_in_fp32_has_the_fingerprint_that_it_had_before_there_was_bf16(folder):
+    files = {name: store.sha256_of(folder / name) for name in ("config.json", "model.safetensors", "tokenizer.json")}
+    before = {"kind": "clip", "layer": 2, "max_tokens": None}
+    assert text.fingerprint_of(folder, text.Reading(layer=2)) == store.digest_of(files | {"reading": before})
+
+
+@pytest.mark.parametrize("settings", [{"precision": "fp16"}, {"kind": "tokens", "precision": "bf16"}])
+def test_a_precision_that_there_is_not_is_refused(settings):
+    with pytest.raises(ConfigError) as caught:
+        TextEncoderConfig(**settings)
+    assert caught.value.where == "text_encoder.precision"
 
 
 def test_truncation_is_noticed(encoder):

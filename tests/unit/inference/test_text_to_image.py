@@ -55,6 +55,15 @@ def test_a_model_comes_back_as_it_was_written(uri):
     assert model.digest == manifest.read(uri).digest
 
 
+def test_text_encoders_compute_in_bf16_where_that_is_asked(uri, sampler):
+    half = TextToImage(model_folder.load(uri), device="cpu", dtype=torch.float32, text_precision="bf16")
+    (encoder,) = half.model.text_encoders
+    assert {p.dtype for p in encoder.model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in half.denoiser.parameters()} == {torch.float32}
+    exact, found = (model.latents([request()]) for model in (sampler, half))
+    assert not torch.equal(found, exact) and (found - exact).abs().max() < 0.05 * exact.abs().max()
+
+
 def test_what_a_server_asks_of_it(uri):
     loaded = TextToImage.load(uri, device="cpu")
     assert (loaded.defaults, loaded.size, loaded.downsampling, loaded.max_steps) == (DEFAULTS, 16, 2, 1000)

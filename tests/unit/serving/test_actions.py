@@ -126,7 +126,9 @@ def test_a_policy_changes_no_pictures(client):
     assert answer.status_code == 400 and "/v1/actions" in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize(("setting", "value"), [("offload", True), ("compile", True), ("classifier", "runs/c")])
+@pytest.mark.parametrize(
+    ("setting", "value"), [("offload", True), ("compile", True), ("classifier", "runs/c"), ("text_precision", "bf16")]
+)
 def test_what_a_policy_has_no_use_for_is_refused_before_it_is_served(release, setting, value):
     config = ServeConfig(release=release, allow_anonymous=True, **{setting: value})
     for refuse in (

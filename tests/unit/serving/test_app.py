@@ -109,6 +109,7 @@ def test_the_shipped_configuration_composes_to_the_defaults():
         {"threads": 0},
         {"follow_s": -1.0},
         {"request_timeout_s": 0.0},
+        {"text_precision": "fp16"},
     ],
 )
 def test_settings_that_cannot_work_are_refused_by_name(settings):
