@@ -167,6 +167,8 @@ class Engine:
                 raise
             raise _refused(config.deepspeed.extra, error) from None
         gradient_norm.shorten(self._zero, world)
+        if config.deepspeed.zero_stage:
+            partitions.clear_padding(self.fragments(), self.master_partitions())
         self._disk = Disk(config.deepspeed.nvme_path or "") if config.deepspeed.offload_optimizer == "nvme" else None
         self._move_to_disk()
         if config.compile:

@@ -177,10 +177,7 @@ class Pieces:
 
 def restore(pieces: Pieces, state: str, fragments: Sequence[Fragment], partitions: Sequence[Tensor]) -> None:
     """Fill a rank's partitions of one state; what no parameter covers, the padding, becomes 0."""
-    by_partition: dict[int, list[Fragment]] = {}
-    for one in fragments:
-        if one.numel:
-            by_partition.setdefault(one.partition, []).append(one)
+    by_partition = _by_partition(fragments)
     for number, partition in enumerate(partitions):
         straight = partition.is_contiguous()
         flat = partition.detach().view(-1) if straight else torch.zeros(partition.numel(), dtype=partition.dtype)
@@ -189,6 +186,28 @@ def restore(pieces: Pieces, state: str, fragments: Sequence[Fragment], partition
             flat[one.offset : one.offset + one.numel] = pieces.stretch(state, one.name, one.start, one.numel)
         if not straight:
             partition.data.copy_(flat.reshape(partition.shape))
+
+
+def clear_padding(fragments: Sequence[Fragment], partitions: Sequence[Tensor]) -> None:
+    """Set to 0 what no parameter covers.
+
+    DeepSpeed's stage 3 leaves there whatever was in memory: where that is no number, neither is the norm of the whole.
+    """
+    by_partition = _by_partition(fragments)
+    for number, partition in enumerate(partitions):
+        flat, at = partition.detach().view(-1), 0
+        for one in sorted(by_partition.get(number, ()), key=lambda fragment: fragment.offset):
+            flat[at : one.offset].zero_()
+            at = one.offset + one.numel
+        flat[at:].zero_()
+
+
+def _by_partition(fragments: Sequence[Fragment]) -> dict[int, list[Fragment]]:
+    found: dict[int, list[Fragment]] = {}
+    for one in fragments:
+        if one.numel:
+            found.setdefault(one.partition, []).append(one)
+    return found
 
 
 def require_same(pieces: Pieces, shapes: Mapping[str, tuple[int, ...]]) -> None:
