@@ -40,4 +40,5 @@ def test_memory_that_is_kept_is_not_asked_for_again() -> None:
 
     usual, kept = faults("usual"), faults("kept")
     assert min(usual) > 100_000
-    assert max(kept) < min(usual) / 5  # none, but where another block lies in the way and the heap grows by a tensor once more
+    # None, but where another block lies in the way and the heap grows by a tensor once more.
+    assert max(kept) < min(usual) / 5
