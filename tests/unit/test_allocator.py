@@ -16,8 +16,8 @@ if sys.argv[1] == "kept":
 import torch
 torch.set_num_threads(1)
 def faults():
-    for turn in range(18):
-        if turn == 8:
+    for turn in range(50):
+        if turn == 40:  # by then the heap has grown by all that it will: now and then by a tensor as late as the twelfth turn
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.ones(8 << 20).mul(2.0)
     found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -40,5 +40,4 @@ def test_memory_that_is_kept_is_not_asked_for_again() -> None:
 
     usual, kept = faults("usual"), faults("kept")
     assert min(usual) > 100_000
-    # None, but where another block lies in the way and the heap grows by a tensor once more.
-    assert max(kept) < min(usual) / 5
+    assert max(kept) < 1000

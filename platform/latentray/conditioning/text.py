@@ -25,6 +25,8 @@ from latentray.records import TextEmbedding
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 _SHARDS = "model.safetensors.index.json"
 _T5_TOKENS = 256
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""What encoders that are not trained compute in, autoencoders too, by the names that settings give it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,7 @@ class Reading:
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return PRECISIONS[self.precision]
 
     def decides(self) -> dict[str, Any]:
         """What fingerprints are made of. That of fp32 is as it was before there was another precision."""

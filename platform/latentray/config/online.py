@@ -7,7 +7,7 @@ from pathlib import Path
 
 from latentray.config.feed import CROPS
 from latentray.config.precompute_latents import DTYPES
-from latentray.config.text_encoder import ENCODER_PRECISIONS, TextEncoderConfig, require_names
+from latentray.config.text_encoder import TextEncoderConfig, require_names, require_precision
 from latentray.errors import ConfigError
 
 
@@ -40,10 +40,7 @@ class OnlineConfig:
         for key in ("latent_dtype", "text_dtype"):
             if getattr(self, key) not in DTYPES:
                 raise ConfigError(f"{key} takes {', '.join(DTYPES)}.", where=f"online.{key}", mend="Correct it.")
-        if self.precision not in ENCODER_PRECISIONS:
-            raise ConfigError(
-                f"precision takes {', '.join(ENCODER_PRECISIONS)}.", where="online.precision", mend="Correct it."
-            )
+        require_precision(self.precision, where="online.precision")
         if self.crop not in CROPS:
             raise ConfigError(
                 f"There is no crop {self.crop!r}.", where="online.crop", mend=f"Known: {', '.join(CROPS)}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from latentray.config.feed import DamageConfig
-from latentray.config.text_encoder import ENCODER_PRECISIONS, TextEncoderConfig, require_names
+from latentray.config.text_encoder import TextEncoderConfig, require_names, require_precision
 from latentray.errors import ConfigError
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -125,10 +125,7 @@ class PrecomputeLatents:
         for key in ("latent_dtype", "text_dtype"):
             if getattr(self, key) not in DTYPES:
                 raise ConfigError(f"{key} takes {', '.join(DTYPES)}.", where=key, mend="Correct it.")
-        if self.precision not in ENCODER_PRECISIONS:
-            raise ConfigError(
-                f"precision takes {', '.join(ENCODER_PRECISIONS)}.", where="precision", mend="Correct it."
-            )
+        require_precision(self.precision, where="precision")
         if len(self.actors) != 2 or not 1 <= self.actors[0] <= self.actors[1]:
             raise ConfigError("actors takes [fewest, most].", where="actors", mend="Set actors=[1,2], say.")
         require_names(self.all_text_encoders, where="text_encoders")

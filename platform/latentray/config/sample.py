@@ -97,7 +97,8 @@ class Sample:
     """The denoiser by torch.compile: the first step takes minutes, all others less; for many pictures."""
 
     def __post_init__(self) -> None:
-        require_precision(self.text_precision)
+        if self.text_precision is not None:
+            require_precision(self.text_precision, where="text_precision")
         if not self.release:
             raise ConfigError("A release is needed.", where="release", mend="Add release=<folder, URI or alias>.")
         if self.episodes < 0:

@@ -93,7 +93,8 @@ class ServeConfig:
             "target_ongoing_requests max_batch_size max_n max_steps max_prompt_chars request_timeout_s max_body_bytes "
             "start_timeout_s min_replicas",
         )
-        require_precision(self.text_precision)
+        if self.text_precision is not None:
+            require_precision(self.text_precision, where="text_precision")
         if not 0 < self.port < 65536:
             raise ConfigError(f"port={self.port} is no TCP port.", where="port", mend="Give 1 ... 65535.")
         if self.max_replicas < self.min_replicas:

@@ -69,9 +69,10 @@ class TextEncoderConfig:
                 where="text_encoder.max_tokens",
                 mend="Leave it null.",
             )
-        if self.precision not in ENCODER_PRECISIONS or (self.kind == "tokens" and self.precision != "fp32"):
+        require_precision(self.precision, where="text_encoder.precision")
+        if self.kind == "tokens" and self.precision != "fp32":
             raise ConfigError(
-                f"precision takes {', '.join(ENCODER_PRECISIONS)}, and a tokenizer alone computes nothing.",
+                "A tokenizer alone computes nothing.",
                 where="text_encoder.precision",
                 mend="Set it to fp32.",
             )
@@ -81,14 +82,10 @@ class TextEncoderConfig:
             )
 
 
-def require_precision(precision: str | None) -> None:
-    """Raise ConfigError for a `text_precision` that there is not."""
-    if precision is not None and precision not in ENCODER_PRECISIONS:
-        raise ConfigError(
-            f"text_precision takes {', '.join(ENCODER_PRECISIONS)}.",
-            where="text_precision",
-            mend="Correct it; null is what the model learnt from.",
-        )
+def require_precision(precision: str, *, where: str) -> None:
+    """Raise ConfigError for one that encoders cannot compute in."""
+    if precision not in ENCODER_PRECISIONS:
+        raise ConfigError(f"{where} takes {', '.join(ENCODER_PRECISIONS)}.", where=where, mend="Correct it.")
 
 
 def require_names(encoders: Sequence[TextEncoderConfig], *, where: str) -> None:

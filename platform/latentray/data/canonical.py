@@ -14,6 +14,7 @@ from torch import Tensor
 
 from latentray.build import AutoencoderArtifact
 from latentray.conditioning.encoders import CaptionEncoder, ImageEncoder, prefix
+from latentray.conditioning.text import PRECISIONS
 from latentray.errors import DataError
 from latentray.models.autoencoder import KLAutoencoder, Posterior
 from latentray.records import TextEmbedding
@@ -26,8 +27,8 @@ _CACHED_TEXT_BYTES = 256 << 20
 @torch.no_grad()
 def load(artifact: AutoencoderArtifact, device: torch.device, precision: str) -> KLAutoencoder:
     """An artifact's autoencoder, frozen, ready to `encode` in fp32 or bf16."""
-    net = artifact.load().to(device)
-    return net if precision == "fp32" else net.to(torch.bfloat16, memory_format=torch.channels_last)
+    layout = torch.channels_last if precision == "bf16" else torch.preserve_format
+    return artifact.load().to(device, PRECISIONS[precision], memory_format=layout)
 
 
 def encode(

@@ -16,6 +16,7 @@ from latentray import allocator, build, randomness
 from latentray.conditioning import beside, images
 from latentray.conditioning.denoiser_inputs import AESTHETIC_SCORE, Told, told, zeroed
 from latentray.conditioning.encoders import CaptionEncoder, ImageEncoder
+from latentray.conditioning.text import PRECISIONS
 from latentray.diffusion import guidance, samplers, schedules, variance
 from latentray.diffusion.executor import Slots, Table
 from latentray.diffusion.schedules import RectifiedFlow
@@ -68,8 +69,9 @@ class TextToImage:
         layout = torch.channels_last if self.dtype == torch.bfloat16 else torch.contiguous_format
         self.denoiser = model.denoiser.to(self.dtype, memory_format=layout)
         self.autoencoder = model.autoencoder.to(self.dtype)
-        for encoder in model.text_encoders if text_precision is not None else ():
-            encoder.model.to(torch.bfloat16 if text_precision == "bf16" else torch.float32)
+        if text_precision is not None:
+            for encoder in model.text_encoders:
+                encoder.model.to(PRECISIONS[text_precision])
         self._compiled = compile
         if compile:
             build.require_compiler()

@@ -7,7 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <vector>
-#if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BF16__)
+#if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BF16__) && !defined(LATENTRAY_PORTABLE)
 #include <immintrin.h>
 #define LATENTRAY_WIDE  // sixteen numbers at a time by hand: of what follows the compiler makes twice as many instructions
 #endif

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from latentray import build
+from latentray.conditioning.text import PRECISIONS
 from latentray.config.train import Train
 from latentray.models import perceptual
 from latentray.models.autoencoder import KLAutoencoder, Posterior, last_layer_gradient
@@ -161,10 +162,6 @@ def _dtype(config: Train) -> torch.dtype:
     return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
 
-def _encoded_in(config: Train) -> torch.dtype:
-    return torch.bfloat16 if config.online.precision == "bf16" else torch.float32
-
-
 class _DiffusionStep:
     """Stage 2 and classifiers: encode where that is done online, one forward and one backward pass of the network."""
 
@@ -180,7 +177,12 @@ class _DiffusionStep:
             self.networks += (_frozen("kept layers", kept),)
         self.encoder: KLAutoencoder | None = None
         if config.online.enabled:
-            self.encoder = build.autoencoder(config.autoencoder).eval().requires_grad_(False).to(_encoded_in(config))
+            self.encoder = (
+                build.autoencoder(config.autoencoder)
+                .eval()
+                .requires_grad_(False)
+                .to(PRECISIONS[config.online.precision])
+            )
             self.modules.append(self.encoder)
             self.networks += (_frozen("autoencoder", self.encoder.parameters(), buffers=self.encoder.buffers()),)
 
@@ -220,7 +222,7 @@ class _DiffusionStep:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             shape = (one, self.config.autoencoder.in_channels, side, side)
             for _ in range(-(-batch // one)):
-                self.encoder.encode(torch.empty(shape, dtype=_encoded_in(self.config)))
+                self.encoder.encode(torch.empty(shape, dtype=PRECISIONS[self.config.online.precision]))
 
 
 class _AutoencoderStep:

@@ -73,6 +73,30 @@ def test_gradients_of_a_norm_are_those_of_float64_to_the_rounding(shape, groups,
         assert error(got, exact) < 4e-3 or (got.double() - exact).abs().max() < 1e-2
 
 
+def all_of_it() -> list[Tensor]:
+    """What norm and GEGLU give, and their gradients, over whole groups of sixteen channels and over rests."""
+    found = []
+    for channels in (64, 24):
+        norm, x = norm_of(channels, 4), a_map(2, channels, 5, 9).requires_grad_()
+        y = norm(x, silu=True, add_BC=drawn(2, channels, seed=3).bfloat16())
+        y.backward(drawn(*y.shape, seed=4).bfloat16())
+        gates = drawn(7, 2 * channels, seed=5).bfloat16().requires_grad_()
+        z = fused.geglu(gates)
+        z.backward(drawn(*z.shape, seed=6).bfloat16())
+        found += [y.detach(), x.grad, norm.weight.grad, norm.bias.grad, z.detach(), gates.grad]
+    return found
+
+
+def test_what_is_written_by_hand_for_a_processor_gives_what_the_compiler_makes_of_the_rest(monkeypatch):
+    by_hand = all_of_it()
+    monkeypatch.setattr(fused, "_FLAGS", (*fused._FLAGS, "-DLATENTRAY_PORTABLE"))
+    portable = fused._library.__wrapped__()
+    assert portable is not None and portable._name != fused._library()._name
+    monkeypatch.setattr(fused, "_library", lambda: portable)
+    for one, other in zip(by_hand, all_of_it(), strict=True):
+        assert error(one, other.double()) < 1e-3
+
+
 def test_with_gradients_and_without_the_numbers_are_the_same_to_the_bit():
     norm, x = norm_of(24, 4), a_map(2, 24, 5, 9)
     with torch.no_grad():
