@@ -3,7 +3,7 @@ SHELL := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-full chaos lint format bench clean
+.PHONY: help quickstart test test-full test-nfs chaos lint format bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -31,13 +31,16 @@ quickstart: $(VENV)/.installed ## raw pictures to a served model, eight to twelv
 	$(BIN)/python -m jobs.quickstart $(QUICKSTART_OVERRIDES)
 
 test: lint ## lint, then every test that is quick and needs no GPU
-	$(PYTEST) -m "not slow and not gpu and not chaos and not libaio"
+	$(PYTEST) -m "not slow and not gpu and not chaos and not libaio and not nfs"
 
 test-full: lint ## lint, then every test that needs no GPU, for an hour and a half; benchmarks are `make bench`
-	$(PYTEST) -m "not gpu and not chaos and not libaio" --ignore=tests/benchmarks
+	$(PYTEST) -m "not gpu and not chaos and not libaio and not nfs" --ignore=tests/benchmarks
 
 chaos: $(VENV)/.installed-dev ## a quarter of an hour of faults at random times, and what they cost
 	$(PYTEST) -m chaos -s tests/integration/test_chaos.py
+
+test-nfs: $(VENV)/.installed-dev ## two nodes and an NFS server, in a machine of its own that Linux in user mode makes (NFS_VERSION=3)
+	tests/nfs/machine.sh $(PYTEST) -m nfs -s -p no:cacheprovider tests/nfs
 
 lint: $(VENV)/.installed-dev ## style, types, spelling, YAML and import rules
 	$(BIN)/ruff check $(CODE)

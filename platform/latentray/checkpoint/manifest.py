@@ -171,7 +171,10 @@ def _damaged(where: str, why: str) -> DigestMismatch:
 
 def find(uri: str | Path) -> Manifest | None:
     """The manifest at a URI, or None where no artifact was committed."""
-    return read(uri) if store.exists(store.join(uri, NAME)) else None
+    try:
+        return read(uri) if store.exists(store.join(uri, NAME)) else None
+    except InputMissing:  # it was deleted meanwhile, by another node's retention perhaps
+        return None
 
 
 def fetch_file(uri: str | Path, name: str, manifest: Manifest) -> Path:
@@ -187,7 +190,7 @@ def fetch_file(uri: str | Path, name: str, manifest: Manifest) -> Path:
         path = store.fetch(where, sha256=entry.sha256)
     except InputMissing:
         raise missing from None
-    if not path.exists():
+    if not store.exists(path):
         raise missing
     got = store.sha256_of(path)
     if got != entry.sha256:

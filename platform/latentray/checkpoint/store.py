@@ -79,10 +79,31 @@ def filesystem(uri: str | Path) -> tuple[fs.FileSystem, str]:
 
 
 def exists(uri: str | Path) -> bool:
+    """Whether there is a file or folder now, also where another node made it just before."""
     if not is_remote(uri):
-        return local_path(uri).exists()
+        there = local_path(uri)
+        _look_anew(there.parent)
+        return there.exists()
     filesystem, path = _remote(uri)
     return filesystem.get_file_info(path).type is not fs.FileType.NotFound
+
+
+def _look_anew(folder: Path) -> None:
+    """Have an NFS client ask its server what is in a folder.
+
+    For half a minute and more it believes what it remembers, also that a file is not there, however often that is looked for.
+    Opening the folder makes it ask (close-to-open consistency, nfs(5)); of a local disk that costs microseconds.
+    """
+    try:
+        os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
+    except FileNotFoundError:
+        if folder.parent == folder:
+            return
+        _look_anew(folder.parent)
+        with contextlib.suppress(OSError):
+            os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
+    except OSError:  # no folder, or one that may not be listed: what is done with it will say so
+        pass
 
 
 @_RETRY
@@ -90,7 +111,9 @@ def read_bytes(uri: str | Path) -> bytes:
     """The whole file. Raises InputMissing where there is none."""
     try:
         if not is_remote(uri):
-            return local_path(uri).read_bytes()
+            there = local_path(uri)
+            _look_anew(there.parent)
+            return there.read_bytes()
         filesystem, path = _remote(uri)
         with filesystem.open_input_stream(path) as stream:
             return stream.read()
@@ -160,6 +183,7 @@ def list_files(uri: str | Path) -> list[str]:
     """Names of all files below a folder, relative to it, sorted; empty where the folder is not there."""
     if not is_remote(uri):
         root = local_path(uri)
+        _look_anew(root)
         return sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
     filesystem, path = _remote(uri)
     infos = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
@@ -168,7 +192,11 @@ def list_files(uri: str | Path) -> list[str]:
 
 
 def list_folders(uri: str | Path) -> list[str]:
-    """Names of the folders directly below a folder, sorted."""
+    """Names of the folders directly below a folder, sorted; on a disk those that hold nothing too."""
+    if not is_remote(uri):
+        root = local_path(uri)
+        _look_anew(root)
+        return sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
     return sorted({name.split("/", 1)[0] for name in list_files(uri) if "/" in name})
 
 
@@ -231,6 +259,7 @@ def delete(uri: str | Path) -> None:
     """Delete a file, or a folder with all it holds; silent where there is nothing."""
     if not is_remote(uri):
         path = local_path(uri)
+        _look_anew(path.parent)
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

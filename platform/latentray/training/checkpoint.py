@@ -323,7 +323,8 @@ def _is_allowed(key: str, allow: list[str]) -> bool:
 
 
 def retain(out: str, *, keep: int, attempt: str) -> None:
-    """Keep the newest `keep` checkpoints and pinned ones, and remove what dead attempts left without a manifest.
+    """Keep the newest `keep` checkpoints and pinned ones, and remove what has no manifest: what dead attempts left, what could
+    not be written to its end, and what could not be removed before (NFS keeps a file that somebody reads).
 
     A dropped checkpoint loses its manifest first, so that it is never seen in part.
     """
@@ -336,7 +337,8 @@ def retain(out: str, *, keep: int, attempt: str) -> None:
     kept = {saved.uri for saved in sealed}
     for name in store.list_folders(root):
         uri = store.join(root, name)
-        if uri not in kept and not name.endswith(f"-{attempt}") and not store.exists(store.join(uri, manifest.NAME)):
+        under_way = name.endswith(f"-{attempt}") and not (sealed and int(name.split("-", 1)[0]) < sealed[0].step)
+        if uri not in kept and not under_way and not store.exists(store.join(uri, manifest.NAME)):
             store.delete(uri)
 
 

@@ -1,15 +1,18 @@
 """The store: the same verbs on local disk and on S3, atomic writes, and a cache that keeps no damaged copy."""
 
 import hashlib
+import io
 import json
+import os
 import shutil
 import socket
+import subprocess
 import time
 import types
 
 import pytest
 
-from latentray.checkpoint import store
+from latentray.checkpoint import manifest, store
 from latentray.errors import EnvironmentRefused, InputMissing
 
 
@@ -103,6 +106,79 @@ def test_a_write_that_is_cut_short_leaves_the_old_content(tmp_path, monkeypatch,
         store.write_bytes(target, b"new") if verb == "write_bytes" else store.upload(source, target)
     assert target.read_bytes() == b"old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "source"]
+
+
+@pytest.fixture
+def nfs_client(monkeypatch) -> set[str]:
+    """This process as an NFS client: what it looked for in vain is not there for it until it opens the folder.
+
+    So Linux 6.1 does for up to 30 s (acdirmin), NFS 3 and 4.2 (`make test-nfs`); here it would for ever.
+    """
+    missing: set[str] = set()
+
+    def remembering(real, is_open):
+        def call(path, *args, **kwargs):
+            name = os.path.abspath(path) if isinstance(path, str | os.PathLike) and "dir_fd" not in kwargs else ""
+            if name in missing:
+                raise FileNotFoundError(2, "remembered", name)
+            try:
+                done = real(path, *args, **kwargs)
+            except FileNotFoundError:
+                missing.add(name)
+                raise
+            if is_open and name and os.path.isdir(name):
+                missing.difference_update({one for one in missing if os.path.dirname(one) == name})
+            return done
+
+        return call
+
+    for module, name, is_open in (
+        (os, "stat", False), (os, "unlink", False), (io, "open", False), (os, "open", True), (os, "scandir", True),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, remembering(getattr(module, name), is_open))
+    return missing
+
+
+LOOKS = {
+    "exists": (store.exists, False, True),
+    "read_bytes": (store.read_bytes, InputMissing, b"1"),
+    "list_files": (lambda path: store.list_files(path.parent), [], ["file"]),
+    "list_folders": (lambda path: store.list_folders(path.parent.parent), [], ["there"]),
+}
+
+
+@pytest.mark.parametrize("look", list(LOOKS))
+def test_what_another_node_wrote_is_seen_although_it_was_looked_for_before(tmp_path, nfs_client, look) -> None:
+    verb, before, after = LOOKS[look]
+    path = tmp_path / "run" / "there" / "file"
+    for _ in range(2):
+        if before is InputMissing:
+            with pytest.raises(InputMissing):
+                verb(path)
+        else:
+            assert verb(path) == before
+    assert not path.exists() and not path.parent.exists() and not path.parent.parent.exists()
+    assert {str(path), str(path.parent)} <= nfs_client
+    subprocess.run(["sh", "-c", f"mkdir -p {path.parent} && printf 1 > {path}"], check=True)
+    assert not path.exists(), "the client believes what it remembers"
+    assert verb(path) == after
+
+
+def test_what_another_node_wrote_is_deleted_although_it_was_looked_for_before(tmp_path, nfs_client) -> None:
+    path = tmp_path / "stop.json"
+    assert not path.exists()
+    path_there = ["sh", "-c", f"printf 1 > {path}"]
+    subprocess.run(path_there, check=True)
+    store.delete(path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_manifest_that_goes_while_it_is_looked_at_is_none(tmp_path, monkeypatch) -> None:
+    """Another node's retention may be faster, and an NFS client may have seen the file for the last time."""
+    manifest.seal(str(tmp_path), {}, kind="checkpoint")
+    monkeypatch.setattr(store, "exists", lambda _uri: True)
+    (tmp_path / manifest.NAME).unlink()
+    assert manifest.find(str(tmp_path)) is None
 
 
 def test_a_transient_error_is_retried(tmp_path, monkeypatch):

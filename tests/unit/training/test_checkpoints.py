@@ -147,6 +147,8 @@ def test_retention_keeps_the_newest_and_pinned_ones_and_removes_what_dead_attemp
         write(tmp_path, step)
     store.write_json(store.join(str(tmp_path / "checkpoints" / "000000003-aaa"), checkpoint.PINNED), {})
     write(tmp_path, 14, "dead", sealed=False)
+    write(tmp_path, 11, "now", sealed=False)  # the disk was full
+    (tmp_path / "checkpoints" / "000000002-dead").mkdir()  # its last file went when its reader did
     write(tmp_path, 15, "now", sealed=False)
     checkpoint.retain(str(tmp_path), keep=2, attempt="now")
     assert steps(tmp_path) == ["000000003-aaa", "000000009-aaa", "000000012-aaa", "000000015-now"]
