@@ -196,10 +196,11 @@ class Runs:
             assert all((code != 0) == killed for code in codes), self.said()
 
     def end_state(self, name: str) -> list[bytes]:
-        """sha256 of what each rank held at the end (weights, moments, random state of every network), and of the export."""
+        """sha256 of what each rank held at the end (weights, moments, random state of every network), and of the average."""
         held = [store.read_bytes(f"{self.folder / name}/state-{rank}.txt") for rank in range(2)]
         kind = "model" if store.exists(self.folder / name / "model" / manifest.NAME) else "autoencoder"
-        return [*held, manifest.read(self.folder / name / kind).digest.encode()]
+        made, file = manifest.read(self.folder / name / kind), {"model": "denoiser", "autoencoder": "autoencoder"}[kind]
+        return [*held, made.files[f"{file}.safetensors"].sha256.encode()]
 
     def whole(self, name: str) -> list[int]:
         """Steps of the checkpoints, each file of which is what its manifest says."""
