@@ -275,6 +275,13 @@ def test_an_unknown_stage_is_refused():
         ("train", ["precision=fp16"], "precision"),
         ("train", ["deepspeed=zero0"], "precision"),
         ("train", ["+deepspeed.extra.train_batch_size=8"], "deepspeed.extra.train_batch_size"),
+        (
+            "train",
+            ["+deepspeed.extra.checkpoint={tag_validations: fail}"],
+            "deepspeed.extra.checkpoint.tag_validations",
+        ),
+        ("train", ["+deepspeed.extra.data_types={grad_dtype: fp32}"], "deepspeed.extra.data_types.grad_dtype"),
+        ("train", ["+deepspeed.extra.data_efficiency={seeds: 1}"], "deepspeed.extra.data_efficiency.seeds"),
         ("train", ["objective=flow", "objective.prediction=v"], "objective.prediction"),
         ("train", ["autoencoder.channels=[100]"], "autoencoder.channels"),
         ("train", ["denoiser.depth=[1]"], "denoiser.depth"),

@@ -158,3 +158,22 @@ def test_a_flipped_bit_in_any_file_or_a_missing_one_is_named_and_nothing_of_it_i
     assert output.count("ArtifactError: All 1 checkpoints of the run are damaged") == 2 * len(alone), "on both ranks"
     for number in range(len(alone)):
         assert not store.exists(f"{bucket.uri(f'alone-{number}')}/state-0.txt"), "no step was done"
+
+
+PLACES = (
+    "before the upload", "between the ranks", "before the manifest", "in the manifest", "after the manifest", "in the retention",
+)  # fmt: skip
+
+
+def test_a_job_killed_while_it_saves_goes_on_from_the_newest_valid_checkpoint(bucket: Bucket) -> None:
+    bucket.run(bucket.job("calm", 2, 2, every=3))
+    for place in PLACES:
+        name = place.replace(" ", "-")
+        job = bucket.job(name, 2, 2, every=3)
+        job["overrides"].append("keep_checkpoints=1")
+        bucket.run(job | {"inject": {"dies_while_saving": {"place": place, "step": 6}}}, expect=1)
+        output = bucket.run(job)
+        sealed = place in ("after the manifest", "in the retention")
+        assert f"at step {6 if sealed else 3}" in output, place
+        assert bucket.state(name) == bucket.state("calm"), place
+        assert [one.rsplit("/", 1)[-1].split("-")[0] for one in bucket.checkpoints(name)] == [f"{STEPS:09d}"], place

@@ -17,6 +17,7 @@ from latentray.training import loop, partitions
 from latentray.training.engine import Engine
 
 _STEP = {"now": -1}
+_HELD: list = []
 
 
 def install(inject: dict) -> list:
@@ -154,7 +155,7 @@ def _dies_while_saving(where: dict) -> list:
             mine = this in str(uri) and str(uri).endswith(manifest.NAME)
             kill_if(mine and place == "before the manifest")
             if mine and place == "in the manifest":
-                store.local_path(uri).with_name(f".{manifest.NAME}.x.partial").write_text('{"kind": "check')
+                _begin(uri, b'{"kind": "check')
                 kill_if(True)
             before(uri, value)
             kill_if(mine and place == "after the manifest")
@@ -173,6 +174,16 @@ def _dies_while_saving(where: dict) -> list:
         *_patch(store, "write_json", jsons),
         *_patch(store, "delete", deletes),
     ]
+
+
+def _begin(uri: str, data: bytes) -> None:
+    """What a write leaves that ends in the middle: a file under another name, an upload that nobody completes."""
+    if store.is_remote(uri):
+        filesystem, key = store.filesystem(uri)
+        _HELD.append(filesystem.open_output_stream(key))  # one that is let go completes what it has
+        _HELD[-1].write(data)
+    else:
+        store.local_path(uri).with_name(f".{manifest.NAME}.x.partial").write_bytes(data)
 
 
 def _preempted_from(step: int) -> list:

@@ -84,6 +84,9 @@ def met(faults: Faults) -> str:
         faults.job("preempted", 12, "keep_checkpoints=9", inject={"preempted_from": 7}),
         faults.job("stopped", 12, inject={"terminated_at": 4}),
         faults.job("stopped", 12),
+        faults.job("soon", 12, "faults.spike_window=8", inject={"spike_at": 7}),
+        faults.job("soon-stopped", 12, "faults.spike_window=8", inject={"terminated_at": 5}),
+        faults.job("soon-stopped", 12, "faults.spike_window=8", inject={"spike_at": 7}),
     )
 
 
@@ -104,6 +107,13 @@ def test_a_loss_of_ten_thousand_times_is_dropped(faults, met):
     lines = faults.lines("spike")
     assert [dropped(line) for line in lines] == [0] * 9 + [1] * 3
     assert max(line["train/loss"] for line in lines if "train/loss" in line) < 100
+
+
+def test_a_spike_soon_after_a_break_is_dropped_as_without_one(faults, met):
+    """The guard has seen one loss since then, and judges by those that the checkpoint kept."""
+    assert [dropped(line) for line in faults.lines("soon")] == [0] * 7 + [1] * 5
+    assert [dropped(line) for line in faults.lines("soon-stopped")] == [0] * 7 + [1] * 5
+    assert faults.state("soon-stopped") == faults.state("soon")
 
 
 def test_fifty_infinite_gradients_in_a_row_are_survived_by_going_back(faults, met):

@@ -218,6 +218,16 @@ def upload(local_file: Path, uri: str | Path) -> None:
         shutil.copyfileobj(source, sink, 4 << 20)
 
 
+def settle(path: Path) -> None:
+    """Return once what was written to a local file lies where a node that dies does not take it along; nothing without one."""
+    with contextlib.suppress(FileNotFoundError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def cache_dir() -> Path:
     """This node's cache of remote files: `$LATENTRAY_CACHE`, else one below the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "latentray"
@@ -293,7 +303,7 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def require_space(uri: str | Path, need_bytes: int) -> None:
+def require_space(uri: str | Path, need_bytes: int, *, mend: str = "") -> None:
     """Refuse a local target whose disk has less than `need_bytes` free (EnvironmentRefused)."""
     if is_remote(uri):
         return
@@ -305,7 +315,7 @@ def require_space(uri: str | Path, need_bytes: int) -> None:
         raise EnvironmentRefused(
             f"The disk is too full: {free / 2**20:.0f} MiB free, about {need_bytes / 2**20:.0f} MiB needed.",
             where=str(folder),
-            mend="Free some space, or send the output elsewhere with out=<path or s3 URI>.",
+            mend=mend or "Free some space, or send the output elsewhere with out=<path or s3 URI>.",
         )
 
 

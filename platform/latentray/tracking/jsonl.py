@@ -28,7 +28,7 @@ PICTURES_FOLDER = "pictures"
 
 
 class JsonlTracker:
-    """Writes a run's metrics to `<run_folder>/metrics.jsonl`, one line per call, each on disk when the call returns.
+    """Writes a run's metrics to `<run_folder>/metrics.jsonl`, one line per call, each with the system when the call returns.
 
     On a full disk the lines are kept, and written with the first one that finds room again.
 

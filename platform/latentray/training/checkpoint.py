@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,9 @@ FORMAT = 2
 """Of the files of a checkpoint."""
 PINNED = "pinned.json"
 """A file of this name in a checkpoint's folder keeps it for good."""
-COMPARED = ("stage", "autoencoder", "denoiser", "objective", "optimizer", "precision")
+COMPARED = (
+    "stage", "autoencoder", "denoiser", "objective", "optimizer", "precision", "size", "crop", "flip", "ema_half_life_samples",
+)  # fmt: skip
 """Parts of the configuration that a run must not change on its way, unless `resume.allow` names them."""
 _PATIENCE_S = 1800.0
 _POLL_S = 0.2
@@ -64,6 +66,11 @@ class Saved:
         """What the run's time went into up to here (`clock.py`)."""
         return self.manifest.meta["clock"]
 
+    @property
+    def faults(self) -> dict[str, Any]:
+        """What the run had seen of losses and dropped steps (`guard.py`); nothing in one from before that was kept."""
+        return self.manifest.meta.get("faults", {})
+
     def parts(self, engine: str) -> list[str]:
         """The files of one engine, by rank."""
         return sorted(name for name in self.manifest.files if name.startswith(f"{engine}/"))
@@ -77,7 +84,10 @@ class Checkpoints:
         self._writer = Writer()
         self._given_up = threading.Event()
         self.failures = 0
-        """Checkpoints in a row before the one that was begun last that could not be written, by the rank that failed most."""
+        """Checkpoints in a row before the one that was begun last that could not be written, by the rank that failed most, or
+        were left out."""
+        self._left_out = 0
+        """Checkpoints in a row, up to now, for which the one before was still being written."""
         self.stalled_s = 0.0
         """Seconds that the loop stood still for checkpoints."""
         self.written_at: float | None = None
@@ -92,13 +102,30 @@ class Checkpoints:
         """Another rank could not write its part: this rank does not wait for it any longer. Not collective."""
         self._given_up.set()
 
-    def save(self, *, cursor: Mapping[str, Any], samples: int, clock: Mapping[str, Any]) -> str:
-        """Copy the state and let it be written; the URI where it will be. Waits for the one before."""
+    def save(
+        self,
+        *,
+        cursor: Mapping[str, Any],
+        samples: int,
+        clock: Mapping[str, Any],
+        faults: Mapping[str, Any],
+        first: Callable[[], None],
+    ) -> str | None:
+        """Copy the state and let it be written, by a thread that does `first` before; the URI where it will be.
+
+        Waits for the one before, `faults.patience_s` at most; None, and nothing is copied, where it is not written then.
+        """
         begun = time.perf_counter()
-        self._writer.wait()
-        failures = torch.tensor(self._writer.failures, device=self.worker.device)
-        dist.all_reduce(failures, op=dist.ReduceOp.MAX)
-        self.failures = int(failures)
+        patience = 0.0 if self._left_out else self.worker.config.faults.patience_s
+        is_busy = not self._writer.wait(patience)
+        told = torch.tensor([self._writer.failures, is_busy], dtype=torch.int64, device=self.worker.device)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        failures, is_one_busy = told.tolist()
+        self._left_out = self._left_out + 1 if is_one_busy else 0
+        self.failures = failures + self._left_out
+        if is_one_busy:
+            self.stalled_s += time.perf_counter() - begun
+            return None
         snapshots = {name: self._snapshot(name, engine) for name, engine in self.engines.items()}
         worker = self.worker
         uri = store.join(_root(worker.out), f"{int(cursor['step']):09d}-{worker.attempt}")
@@ -107,11 +134,17 @@ class Checkpoints:
             "cursor": dict(cursor),
             "samples": samples,
             "clock": dict(clock),
+            "faults": dict(faults),
             "world": worker.world,
             "zero_stage": worker.config.deepspeed.zero_stage,
         }
         self._given_up.clear()
-        self._writer.start(lambda: self._write(uri, snapshots, meta))
+
+        def write() -> None:
+            first()
+            self._write(uri, snapshots, meta)
+
+        self._writer.start(write)
         self.stalled_s += time.perf_counter() - begun
         return uri
 
@@ -244,13 +277,13 @@ def require_sound(out: str) -> list[Saved]:
     """`candidates`. Raises ArtifactError where all manifests are damaged: the run must not begin again unasked."""
     found, damaged = _listed(out)
     if damaged and not found:
-        raise _all_damaged(out, damaged)
+        raise _all_damaged(out, len(damaged))
     return found
 
 
-def _listed(out: str) -> tuple[list[Saved], int]:
-    """Checkpoints, newest first, and how many more have a damaged manifest."""
-    found, damaged = [], 0
+def _listed(out: str) -> tuple[list[Saved], list[str]]:
+    """Checkpoints, newest first, and the names of those whose manifest is damaged."""
+    found, damaged = [], []
     root = _root(out)
     for name in store.list_folders(root):
         uri = store.join(root, name)
@@ -258,11 +291,12 @@ def _listed(out: str) -> tuple[list[Saved], int]:
             listing = manifest.find(uri)
         except DigestMismatch as error:
             print(f"checkpoint passed over: {error}", flush=True)
-            damaged += 1
+            damaged.append(name)
             continue
         if listing is not None:
             found.append(Saved(uri=uri, manifest=listing))
-    return sorted(found, key=lambda saved: (saved.step, saved.manifest.created), reverse=True), damaged
+    # By samples: where other data go on (`resume.allow=[data]`), a step may be of more samples than before.
+    return sorted(found, key=lambda saved: (saved.samples, saved.manifest.created), reverse=True), damaged
 
 
 def require_like(saved: Saved, config: Mapping[str, Any], inputs: Mapping[str, str], allow: list[str]) -> None:
@@ -324,22 +358,30 @@ def _is_allowed(key: str, allow: list[str]) -> bool:
 
 def retain(out: str, *, keep: int, attempt: str) -> None:
     """Keep the newest `keep` checkpoints and pinned ones, and remove what has no manifest: what dead attempts left, what could
-    not be written to its end, and what could not be removed before (NFS keeps a file that somebody reads).
+    not be written to its end, and what could not be removed before (NFS keeps a file that somebody reads). One whose manifest is
+    damaged is dropped once it would be without that.
 
     A dropped checkpoint loses its manifest first, so that it is never seen in part.
     """
     root = _root(out)
-    sealed = candidates(out)
-    for saved in sealed[keep:]:
-        if not store.exists(store.join(saved.uri, PINNED)):
-            store.delete(store.join(saved.uri, manifest.NAME))
-            store.delete(saved.uri)
+    sealed, damaged = _listed(out)
+    oldest = _name(sealed[keep - 1]) if len(sealed) >= keep > 0 else ""
+    dropped = [saved.uri for saved in sealed[keep:]] + [store.join(root, name) for name in damaged if name < oldest]
+    for uri in dropped:
+        if not store.exists(store.join(uri, PINNED)):
+            store.delete(store.join(uri, manifest.NAME))
+            store.delete(uri)
     kept = {saved.uri for saved in sealed}
     for name in store.list_folders(root):
         uri = store.join(root, name)
-        under_way = name.endswith(f"-{attempt}") and not (sealed and int(name.split("-", 1)[0]) < sealed[0].step)
+        under_way = name.endswith(f"-{attempt}") and not (sealed and name < _name(sealed[0]))
         if uri not in kept and not under_way and not store.exists(store.join(uri, manifest.NAME)):
             store.delete(uri)
+
+
+def _name(saved: Saved) -> str:
+    """Of its folder: names are in the order of steps."""
+    return saved.uri.rsplit("/", 1)[-1]
 
 
 def _root(out: str) -> str:

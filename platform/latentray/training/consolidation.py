@@ -24,6 +24,9 @@ def export(config: Export) -> str:
     out = store.absolute(config.out)
     manifest.refuse_existing(out)
     saved = _newest(store.absolute(config.run)) if config.run else _named(store.absolute(config.checkpoint or ""))
+    if config.pin:  # before it is read: the run may go on, and remove it
+        store.write_json(store.join(saved.uri, checkpoint.PINNED), {"exported_to": out, "at": time.time()})
+        manifest.read(saved.uri, kind=checkpoint.KIND)
     with store.staging() as folder:
         for network in sorted({name.split("/", 1)[0] for name in saved.manifest.files}):
             pieces = Pieces([manifest.fetch_file(saved.uri, part, saved.manifest) for part in saved.parts(network)])
@@ -44,8 +47,6 @@ def export(config: Export) -> str:
             config=saved.manifest.config,
             meta=meta,
         )
-    if config.pin:
-        store.write_json(store.join(saved.uri, checkpoint.PINNED), {"exported_to": out, "at": time.time()})
     print(f"{', '.join(made.files)} at {saved.samples} samples ({config.state}): {out}")
     return out
 

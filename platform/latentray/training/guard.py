@@ -9,6 +9,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -63,6 +65,15 @@ class Guard:
 
     def _same(self, loss: Tensor) -> Tensor:
         return loss if self._factor is None else loss * self._factor
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that a resumed run drops the steps that one without a break drops. Alike on all ranks."""
+        return {"losses": list(self._losses)}
+
+    def restore(self, kept: Mapping[str, Any]) -> None:
+        """Judge as the guard of that checkpoint did; one from before such were kept has nothing to say."""
+        self._losses = collections.deque(kept.get("losses", ()), maxlen=self.faults.spike_window)
+        self._limit = policies.spike_limit(self._losses, self.faults)
 
     def after_step(self) -> Heard:
         """What became of the step, and what was told with it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import secrets
+import shlex
 import sys
 
 from latentray.checkpoint import manifest, store
@@ -77,7 +78,16 @@ def resume_command(run: str, out: str) -> str:
     if module is None or not module.name.startswith("jobs.train"):
         return f"python -m jobs.train run={run} out={out} ... (with the same settings)"
     kept = [a for a in sys.argv[1:] if not a.startswith(("run=", "out="))]
-    return " ".join(["python -m jobs.train", *kept, f"run={run}", f"out={out}"])
+    return f"{_launcher()} -m jobs.train {shlex.join([*kept, f'run={run}', f'out={out}'])}"
+
+
+def _launcher() -> str:
+    """What starts this process's module: torchrun, where it did, with as many processes."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return "python"
+    here, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    nodes = f"--nnodes {world // here} " if world > here else ""
+    return f"torchrun {nodes}--nproc-per-node {here}"
 
 
 def _seal_run(config: Train, run: str, out: str, result: str, inputs: dict[str, str]) -> None:

@@ -35,6 +35,9 @@ from latentray.training.watchdog import Watchdog
 _ASK_EVERY_S = 5.0
 """A cloud tells of a node that it takes back half a minute to two minutes before; asking is a round trip of all ranks."""
 
+_COUNTED = ("dropped", "dropped_in_a_row", "rollbacks")
+"""What the loop counts of dropped steps, over all attempts."""
+
 STAGES: dict[str, Callable[[Worker], Stage]] = {
     "autoencoder": AutoencoderStage,
     "diffusion": DiffusionStage,
@@ -136,7 +139,9 @@ class _Loop:
         self.telemetry = Telemetry(worker, facts=self.stage.facts, inputs=self.stage.inputs, resumed_at=begun)
         self.progress = hooks.progress(self.total, self.config.stage.name, begun) if worker.leads else None
         self.clock = Clock.begin()
-        self.dropped = self.dropped_in_a_row = self.rollbacks = 0
+        faults = self.saved.faults if self.saved else {}
+        self.guard.restore(faults)
+        self.dropped, self.dropped_in_a_row, self.rollbacks = (int(faults.get(name, 0)) for name in _COUNTED)
         self.leaving: frozenset[str] = frozenset()
         self.asked_at = time.monotonic()
         if worker.leads and self.saved is not None:
@@ -182,11 +187,11 @@ class _Loop:
                 self._log(step, seen, lr)
             due = _crossed(samples, seen, self.config.checkpoint_every_samples)
             just_in_time = heard.ask and self._is_another_leaving(seen)
-            if heard.stop or due or just_in_time:
-                self._save(step + 1)
+            saved = self._save(step + 1) if heard.stop or due or just_in_time else False
             if heard.stop:
                 if self.worker.leads:
-                    print(f"stopped at {seen} samples, as asked; a checkpoint is being written", flush=True)
+                    left = "a checkpoint is being written" if saved else "the last checkpoint is what it goes on from"
+                    print(f"stopped at {seen} samples, as asked; {left}", flush=True)
                 return False
         return True
 
@@ -242,7 +247,8 @@ class _Loop:
             raise TrainingFailed(
                 f"At {seen} samples {why}, and the run went back {self.rollbacks} times before.",
                 where="train/loss",
-                mend="Resume with a lower optimizer.lr or a larger batch, or look at the data that was read there.",
+                mend="Resume with a lower optimizer.lr or a larger batch, or look at the data that was read there; "
+                "faults.max_rollbacks counts over all attempts.",
             )
         self.rollbacks += 1
         self.dropped_in_a_row = 0
@@ -278,17 +284,23 @@ class _Loop:
                 goodput=about[names.RUN_GOODPUT],
             )
 
-    def _save(self, step: int) -> None:
-        """Save the state before `step`, unless it is no state to go on from."""
+    def _save(self, step: int) -> bool:
+        """Save the state before `step`; False where it is no state to go on from, or the storage is too slow."""
         if not checkpoint.is_finite(self.stage.engines, self.ema, self.worker.device):
             answer = policies.after_broken_weights(self.rollbacks, self.config.faults)
             self._roll_back(answer, "the weights were no numbers any more", self.order.samples_before(step))
-            return
-        self.telemetry.upload()  # before the checkpoint: a run that continues from it finds every line up to it
+            return False
         samples = self.order.samples_before(step)
         cursor = self.order.cursor(step, damaged=self.ledger.damaged(samples)).to_dict()
+        faults = self.guard.to_dict() | {name: getattr(self, name) for name in _COUNTED}
         begun = time.perf_counter()
-        uri = self.checkpoints.save(cursor=cursor, samples=samples, clock=self.clock.to_dict())
+        uri = self.checkpoints.save(
+            cursor=cursor,
+            samples=samples,
+            clock=self.clock.to_dict(),
+            faults=faults,
+            first=self.telemetry.upload,  # a run that continues from it finds every line up to it
+        )
         failures = self.checkpoints.failures
         if policies.after_failed_checkpoint(failures, self.config.faults) is Answer.STOP:
             raise StorageFailed(
@@ -296,8 +308,14 @@ class _Loop:
                 where=self.worker.out,
                 mend="Mend the storage, and resume the run; or allow more (faults.failed_checkpoints).",
             )
+        if uri is None:
+            self.clock.lose(CHECKPOINTS, time.perf_counter() - begun)
+            if self.worker.leads:
+                print(f"checkpoint at {samples} samples left out: the one before is still being written", flush=True)
+            return False
         self.hooks.on_checkpoint(uri, step)
         self.clock.lose(CHECKPOINTS, time.perf_counter() - begun)  # Ray may take seconds to be told
+        return True
 
     def _finish(self) -> None:
         if self.worker.leads and self.worker.device.type == "cpu":

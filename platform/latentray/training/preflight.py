@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 
-import torch
-
 from latentray import build, tracking
 from latentray.checkpoint import store
 from latentray.config import compose
 from latentray.config.train import Train
 from latentray.data.ordering import Cursor
 from latentray.errors import FingerprintMismatch
-from latentray.training import checkpoint, engine, feed, inputs
+from latentray.training import checkpoint, engine, feed, inputs, room
 
 
 def check(config: Train, out: str) -> dict[str, str]:
@@ -27,7 +25,7 @@ def check(config: Train, out: str) -> dict[str, str]:
     engine.require_accepted(config, world_of(config))
     store.require_writable(out)
     found = inputs.check(config, world_of(config))
-    store.require_space(out, bytes_needed(config))
+    room.require(config, out)
     saved = checkpoint.require_sound(out)
     if saved:
         checkpoint.require_like(saved[0], compose.to_dict(config), found, config.resume.allow)
@@ -63,15 +61,3 @@ def worlds_of(config: Train) -> range:
     most = world_of(config)
     fewest = config.cluster.min_workers if config.cluster.kind == "ray" else None
     return range(fewest or most, most + 1)
-
-
-def bytes_needed(config: Train) -> int:
-    """Checkpoints (weights, two moments and EMA: 4 x 4 bytes a parameter; the one that is staged too) and the result."""
-    with torch.device("meta"):
-        net = (
-            build.autoencoder(config.autoencoder)
-            if config.stage.name == "autoencoder"
-            else build.denoiser(config.denoiser)
-        )
-    kept = config.keep_checkpoints + 2 if config.checkpoint_every_samples else 0
-    return build.parameter_count(net) * (16 * kept + 8) + (64 << 20)

@@ -114,12 +114,17 @@ class Telemetry:
         )
 
     def upload(self) -> None:
-        """Bring what the tracker wrote to a remote run's folder: the worker that resumes may be on another node."""
-        if self._folder is None or not store.is_remote(self.worker.out):
+        """Bring what the tracker wrote to where another node finds it, since the worker that resumes may be there."""
+        if self._folder is None:
+            return
+        if not store.is_remote(self.worker.out):
+            store.settle(self._folder / METRICS)  # of NFS a node that dies takes along what it had not sent
             return
         for path in sorted(self._folder.rglob("*")):
             name = path.relative_to(self._folder).as_posix()
-            if path.is_file() and not name.startswith("wandb/"):  # `wandb sync` reads its own folder on this node
+            if name.startswith("wandb/") or path.suffix == ".part":  # `wandb sync` reads its own folder on this node
+                continue
+            if path.is_file():
                 store.upload(path, store.join(self.worker.out, name))
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from latentray import allocator, build
 from latentray.config.train import Train
 from latentray.errors import ConfigError
-from latentray.training import loop
+from latentray.training import loop, room
 from latentray.training.state import Worker
 
 
@@ -22,6 +22,7 @@ def work(config: Train, run: str, out: str, *, rank: int, world: int, device: to
     worker = Worker(
         config=config, run=run, out=out, rank=rank, world=world, device=device, attempt=_shared_attempt(rank)
     )
+    room.require_on_workers(worker)
     return loop.run(worker, hooks)
 
 

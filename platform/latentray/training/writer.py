@@ -20,11 +20,14 @@ class Writer:
         self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint-writer", daemon=True)
         self._thread.start()
 
-    def wait(self) -> None:
-        """Until no job runs."""
+    def wait(self, seconds: float | None = None) -> bool:
+        """Until no job runs, or for so many seconds; whether none runs."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(seconds)
+            if self._thread.is_alive():
+                return False
             self._thread = None
+        return True
 
     def _run(self, job: Callable[[], None]) -> None:
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -142,16 +144,60 @@ def test_a_worker_keeps_no_copies_of_a_remote_checkpoint(tmp_path, one_rank, mot
     assert restored(moto_s3.uri("run"))[0] is not None, "it is read again from there"
 
 
+def test_while_one_cannot_be_written_training_goes_on_and_later_ones_are_left_out(tmp_path, one_rank):
+    """A store that does not answer holds the thread up, and the loop no longer than it is to wait."""
+    config = compose.from_dict(Train, CONFIG | {"faults": CONFIG["faults"] | {"checkpoint_wait_s": 0.2}})
+    worker = Worker(
+        config=config, run="r", out=str(tmp_path), rank=0, world=1, device=torch.device("cpu"), attempt="now"
+    )
+    fragment = Fragment(name="w", shape=(2, 5), start=0, numel=10, partition=0, offset=0)
+    snapshot = partitions.take([fragment], {state: [flat] for state, flat in WHOLE.items()}, {"step": 3.0})
+    engine, ema = types.SimpleNamespace(snapshot=lambda: snapshot), types.SimpleNamespace(engine=None)
+    saves = checkpoint.Checkpoints(worker, {"denoiser": engine}, ema, inputs=INPUTS)
+    answers = threading.Event()
+
+    def save(step: int, first=lambda: None) -> str | None:
+        return saves.save(cursor={"step": step}, samples=8 * step, clock={}, faults={}, first=first)
+
+    held = save(3, answers.wait)
+    assert held is not None
+    begun = time.perf_counter()
+    assert save(6) is None and saves.failures == 1
+    assert 0.2 <= time.perf_counter() - begun < 5
+    assert save(9) is None and saves.failures == 2
+    assert time.perf_counter() - begun < 5, "it waits once"
+    assert checkpoint.candidates(str(tmp_path)) == []
+    answers.set()
+    saves.wait()
+    last = save(12)
+    saves.wait()
+    assert saves.failures == 0 and not saves.failed
+    assert [one.uri for one in checkpoint.candidates(str(tmp_path))] == [last, held]
+
+
 def test_retention_keeps_the_newest_and_pinned_ones_and_removes_what_dead_attempts_left(tmp_path):
     for step in (3, 6, 9, 12):
         write(tmp_path, step)
     store.write_json(store.join(str(tmp_path / "checkpoints" / "000000003-aaa"), checkpoint.PINNED), {})
     write(tmp_path, 14, "dead", sealed=False)
     write(tmp_path, 11, "now", sealed=False)  # the disk was full
+    for step in (4, 10):
+        listing = Path(write(tmp_path, step, "cut"), manifest.NAME)
+        listing.write_bytes(listing.read_bytes()[:-9])
     (tmp_path / "checkpoints" / "000000002-dead").mkdir()  # its last file went when its reader did
     write(tmp_path, 15, "now", sealed=False)
     checkpoint.retain(str(tmp_path), keep=2, attempt="now")
-    assert steps(tmp_path) == ["000000003-aaa", "000000009-aaa", "000000012-aaa", "000000015-now"]
+    kept = ["000000003-aaa", "000000009-aaa", "000000010-cut", "000000012-aaa", "000000015-now"]
+    assert steps(tmp_path) == kept, "of what is damaged, that which is newer than the oldest kept"
+
+
+def test_of_other_data_the_newest_is_that_of_most_samples(tmp_path):
+    """A larger batch of the data that go on: fewer steps, more samples."""
+    for step, samples in ((300, 2400), (400, 3200), (110, 3520)):
+        write(tmp_path, step, "now" if step == 110 else "old", samples=samples)
+    assert [saved.samples for saved in checkpoint.candidates(str(tmp_path))] == [3520, 3200, 2400]
+    checkpoint.retain(str(tmp_path), keep=2, attempt="now")
+    assert steps(tmp_path) == ["000000110-now", "000000400-old"]
 
 
 def saved(tmp_path: Path, **meta) -> checkpoint.Saved:
@@ -187,6 +233,15 @@ def test_settings_that_differ_are_told_with_both_values_and_what_allows_them(tmp
     checkpoint.require_like(saved(tmp_path), changed, INPUTS, ["objective.prediction", "optimizer"])
 
 
+@pytest.mark.parametrize(("key", "now"), [("size", 512), ("crop", "random"), ("ema_half_life_samples", 7)])
+def test_other_pictures_and_another_average_are_refused_unless_allowed(tmp_path, key, now):
+    found = saved(tmp_path)
+    assert CONFIG[key] != now
+    with pytest.raises(FingerprintMismatch, match=f"{key}: {CONFIG[key]} then, {now} now"):
+        checkpoint.require_like(found, CONFIG | {key: now}, INPUTS, [])
+    checkpoint.require_like(found, CONFIG | {key: now}, INPUTS, [key])
+
+
 def test_a_setting_that_a_newer_version_brought_had_its_default(tmp_path):
     older = {name: value for name, value in CONFIG["optimizer"].items() if name != "decay"}
     write(tmp_path, 3, config=CONFIG | {"optimizer": older})
@@ -220,6 +275,19 @@ def test_whole_weights_come_from_the_parts_of_the_newest_and_it_is_kept(tmp_path
     assert listing.meta["step"] == 6 and listing.meta["samples"] == 48
     checkpoint.retain(str(tmp_path), keep=0, attempt="now")
     assert steps(tmp_path) == ["000000006-aaa"]
+
+
+def test_a_checkpoint_is_kept_before_it_is_read(tmp_path, monkeypatch):
+    uri, real = write(tmp_path, 3), manifest.fetch_file
+    write(tmp_path, 6)
+
+    def meanwhile(*args):
+        checkpoint.retain(str(tmp_path), keep=1, attempt="now")  # the run goes on
+        return real(*args)
+
+    monkeypatch.setattr(manifest, "fetch_file", meanwhile)
+    assert torch.equal(export(tmp_path, checkpoint=uri)["w"], WHOLE["ema"].reshape(2, 5))
+    assert steps(tmp_path) == ["000000003-aaa", "000000006-aaa"]
 
 
 def test_a_checkpoint_can_be_named_and_its_raw_weights_taken(tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,29 @@ def test_ctrl_c_ends_with_a_word_and_the_command_that_resumes(run, tmp_path):
     assert code == command.INTERRUPTED == 130
     assert err.splitlines()[0] == "The run was interrupted."
     assert "resume it with: python -m jobs.train run=mine" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("environ", "launcher"),
+    [
+        ({}, "python"),
+        ({"LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "8"}, "torchrun --nproc-per-node 8"),
+        ({"LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "32"}, "torchrun --nnodes 4 --nproc-per-node 8"),
+    ],
+)
+def test_the_command_that_resumes_is_the_one_that_began_it_for_any_shell(monkeypatch, environ, launcher):
+    given = ["stage=diffusion", "mixture.of=[{uri: a, weight: 1}, {uri: b}]", "run=old", "tracking.name=it's"]
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    if environ:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr(sys, "argv", ["train", *given])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", types.SimpleNamespace(name="jobs.train"), raising=False)
+    said = launch.resume_command("mine", "/runs/my run")
+    assert said.startswith(f"{launcher} -m jobs.train ")
+    typed = f"printf '%s\\n' {said.split(' -m jobs.train ', 1)[1]}"
+    arguments = subprocess.run(["bash", "-c", typed], capture_output=True, text=True)
+    assert arguments.stdout.splitlines() == [given[0], given[1], given[3], "run=mine", "out=/runs/my run"]
 
 
 def test_ctrl_c_before_a_run_begins_ends_with_a_word(run, tmp_path, monkeypatch):

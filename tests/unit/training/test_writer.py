@@ -18,6 +18,15 @@ def test_the_loop_goes_on_while_a_job_runs_and_the_next_waits_for_it():
     assert order == ["first", "second"]
 
 
+def test_who_waits_for_so_long_is_told_whether_the_job_is_done():
+    writer, may_end = Writer(), threading.Event()
+    assert writer.wait(0.0), "none runs"
+    writer.start(lambda: may_end.wait(30))
+    assert not writer.wait(0.05)
+    may_end.set()
+    assert writer.wait(30) and writer.wait(0.0)
+
+
 def test_failures_in_a_row_are_counted_until_one_succeeds(capsys):
     def full() -> None:
         raise OSError(28, "No space left on device")
