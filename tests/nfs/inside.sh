@@ -1,19 +1,19 @@
 #!/bin/bash
 # The machine's first process: a file system that forgets, an NFS server, two nodes `a` and `b`; then the command, on `a`.
 # A node is a network, a host name and a mount of its own, so that the kernel is two NFS clients.
-export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp
 if [[ ${1:-} != inside ]]; then
   mount -t proc proc /proc
   mount -t sysfs sys /sys
   for module in overlay ext4 nfsd nfsv3 nfsv4 veth bridge; do modprobe -d "$LATENTRAY_MACHINE/modules" $module; done
   mount -t tmpfs -o size=4g tmpfs /mnt
-  mkdir /mnt/new /mnt/work /mnt/root
-  mount -t overlay -o lowerdir=/,upperdir=/mnt/new,workdir=/mnt/work overlay /mnt/root
-  mount -t hostfs none "/mnt/root$LATENTRAY_MACHINE" -o "$LATENTRAY_MACHINE"
-  mount -t proc proc /mnt/root/proc
-  mount -t sysfs sys /mnt/root/sys
-  mount -t devtmpfs dev /mnt/root/dev
-  cd /mnt/root || exit
+  mkdir /mnt/new /mnt/work /mnt/whole
+  mount -t overlay -o lowerdir=/,upperdir=/mnt/new,workdir=/mnt/work overlay /mnt/whole
+  mount -t hostfs none "/mnt/whole$LATENTRAY_MACHINE" -o "$LATENTRAY_MACHINE"
+  mount -t proc proc /mnt/whole/proc
+  mount -t sysfs sys /mnt/whole/sys
+  mount -t devtmpfs dev /mnt/whole/dev
+  cd /mnt/whole || exit
   pivot_root . mnt
   exec chroot . /bin/bash "$0" inside
 fi

@@ -2,10 +2,16 @@
 # machine.sh <command...>: run a command on a machine of its own, node `a` of two that share /nfs, over a real NFS server.
 #
 # The machine is Linux in user mode: it needs no privileges of the kernel below, sees this file system copy on write, and has one
-# processor. Debian: apt-get install user-mode-linux nfs-kernel-server nfs-common iproute2 gcc. NFS_VERSION is 4.2 or 3.
+# processor. Debian: apt-get install user-mode-linux nfs-kernel-server nfs-common iproute2 gcc. NFS_VERSION is 4.2, 4.1, 4.0 or 3.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
+version=${NFS_VERSION:-4.2}
+if [[ ! $version =~ ^(3|4\.[012])$ ]]; then
+  echo "error: NFS_VERSION is '$version'." >&2
+  echo "  mend:  give 3, 4.0, 4.1 or 4.2, or leave it out for 4.2" >&2
+  exit 2
+fi
 for tool in linux.uml rpc.nfsd mount.nfs ip gcc mkfs.ext4; do
   PATH=$PATH:/usr/sbin:/sbin command -v $tool > /dev/null || {
     echo "error: $tool is not there." >&2
@@ -27,8 +33,8 @@ ln -s /usr/lib/uml/modules/* "$work/modules/lib/modules/"
 truncate -s 8G "$work/disk"
 printf '%q ' "$@" > "$work/command"
 {
-  declare -p NFS_VERSION 2> /dev/null || echo "declare -x NFS_VERSION=4.2"
-  echo "declare -x LATENTRAY_MACHINE=$work WHERE=$PWD HERE=$here"
+  echo "declare -x NFS_VERSION=$version"
+  echo "declare -x LATENTRAY_MACHINE=$work WHERE=$PWD"
 } > "$work/environment"
 : > "$work/log"
 tail -f "$work/log" --pid $$ &
