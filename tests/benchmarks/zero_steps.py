@@ -81,15 +81,22 @@ def seconds(step: Callable[[], None]) -> float:
     return time.perf_counter() - begin
 
 
+def samples_for(least: float) -> int:
+    """The batch with which a step of DDP takes `least` seconds: a step of twice the batch takes less than twice the time."""
+    samples = 1
+    while True:
+        probe = by_ddp(batch_of(samples))
+        probe()
+        took = torch.tensor(min(seconds(probe) for _ in range(3)))
+        dist.all_reduce(took, dist.ReduceOp.MAX)
+        if took >= least:
+            return samples
+        samples += max(1, int(samples * (least / float(took) - 1)))
+
+
 def measure(rounds: int, least: float) -> dict[str, list[float]]:
     """The batch is made as large as the shortest step asks for; then the three take turns, each round in another order."""
-    samples = 1
-    probe = by_ddp(batch_of(samples))
-    probe()
-    took = torch.tensor(min(seconds(probe) for _ in range(3)))
-    dist.all_reduce(took, dist.ReduceOp.MAX)
-    samples = max(1, int(1.3 * least / float(took)) + 1)
-    batch = batch_of(samples)
+    batch = batch_of(samples := samples_for(1.3 * least))
     steps = {"ddp": by_ddp(batch), "zero2": by_zero(2, batch), "zero3": by_zero(3, batch)}
     for step in steps.values():
         step()
