@@ -14,8 +14,9 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ _RETRY = tenacity.retry(
     stop=tenacity.stop_after_attempt(5),
     reraise=True,
 )
+_TICK_S, _TICK_AT_MOST_S = 0.01, 2.0
 _UNUSABLE = (OSError, ValueError, NotImplementedError)
 """What a store raises that is out, refuses, or is none: pyarrow's ArrowInvalid is a ValueError, and http cannot be written."""
 
@@ -157,18 +159,60 @@ def _ranged(uri: str) -> Any:
 def write_bytes(uri: str | Path, data: bytes) -> None:
     """Write the whole file, atomically: a reader sees the old content or the new, never a part."""
     if not is_remote(uri):
-        path = local_path(uri)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-        try:
-            partial.write_bytes(data)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        _place(local_path(uri), lambda partial: partial.write_bytes(data))
         return
     filesystem, key = _remote(uri)
     with filesystem.open_output_stream(key) as stream:
         stream.write(data)
+
+
+def _place(path: Path, write: Callable[[Path], object]) -> None:
+    """Have a local file written beside its place, and rename it there."""
+    _make(path.parent)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    _show(path.parent)
+
+
+def _make(folder: Path) -> None:
+    """Make a folder and what it lies in, where they are not there."""
+    if not folder.is_dir():
+        _make(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _show(folder.parent)
+
+
+def _show(folder: Path) -> None:
+    """Have other NFS clients learn that a folder was changed; nothing is done on a local disk.
+
+    They see it by the folder's time, which moves in ticks of up to ten milliseconds on many servers. A client that looked
+    between two changes of one tick never learns of the second, so the folder is touched until its time has moved on.
+    """
+    try:
+        if not _is_nfs(os.stat(folder).st_dev):
+            return
+        os.utime(folder)  # its answer tells the server's time: a cached one may be older than the change
+        changed, until = os.stat(folder).st_mtime_ns, time.monotonic() + _TICK_AT_MOST_S
+        while os.stat(folder).st_mtime_ns == changed and time.monotonic() < until:
+            time.sleep(_TICK_S)
+            os.utime(folder)
+    except OSError:  # it was removed meanwhile, or is another user's: the file is there all the same
+        pass
+
+
+@functools.lru_cache(maxsize=64)
+def _is_nfs(device: int) -> bool:
+    """Whether a device (`st_dev`) is a mount of NFS. Linux tells; elsewhere none is."""
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return False
+    number = f"{os.major(device)}:{os.minor(device)}"
+    return any(one.split()[2] == number and one.split(" - ", 1)[1].startswith("nfs") for one in mounts)
 
 
 def read_json(uri: str | Path) -> Any:
@@ -204,14 +248,7 @@ def list_folders(uri: str | Path) -> list[str]:
 def upload(local_file: Path, uri: str | Path) -> None:
     """Copy a local file to a URI, atomically."""
     if not is_remote(uri):
-        target = local_path(uri)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
-        try:
-            shutil.copyfile(local_file, partial)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        _place(local_path(uri), lambda partial: shutil.copyfile(local_file, partial))
         return
     filesystem, path = _remote(uri)
     with open(local_file, "rb") as source, filesystem.open_output_stream(path) as sink:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import time
 import types
+from pathlib import Path
 
 import pytest
 
@@ -276,3 +277,46 @@ def test_staging_is_gone_afterwards():
     with store.staging() as folder:
         (folder / "x").write_bytes(b"x")
     assert not folder.exists()
+
+
+def test_on_nfs_every_folder_that_was_changed_has_a_later_time_in_the_end(tmp_path, monkeypatch) -> None:
+    """Other clients see a change by the folder's time, and two changes of one tick of the server's clock have one."""
+    at_the_change = {}
+
+    def noted(act):
+        def wrapped(self, *given, **more):
+            done = act(self, *given, **more)
+            at_the_change[self.parent] = os.stat(self.parent).st_mtime_ns
+            return done
+
+        return wrapped
+
+    monkeypatch.setattr(store, "_is_nfs", lambda device: True)
+    monkeypatch.setattr(Path, "mkdir", noted(Path.mkdir))
+    monkeypatch.setattr(Path, "replace", noted(Path.replace))
+    store.write_bytes(tmp_path / "a" / "b" / "file", b"1")
+    assert set(at_the_change) == {tmp_path, tmp_path / "a", tmp_path / "a" / "b"}
+    for turn in range(5):
+        for folder, then in at_the_change.items():
+            assert os.stat(folder).st_mtime_ns > then, (turn, folder)
+        at_the_change.clear()
+        store.upload(tmp_path / "a" / "b" / "file", tmp_path / "a" / "b" / f"copy-{turn}")
+        assert set(at_the_change) == {tmp_path / "a" / "b"}
+
+
+def test_a_time_that_does_not_move_holds_nothing_up_for_long(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(store, "_is_nfs", lambda device: True)
+    monkeypatch.setattr(store.os, "utime", lambda folder: None)
+    begun = time.monotonic()
+    store.write_bytes(tmp_path / "file", b"1")
+    assert 2 <= time.monotonic() - begun < 10
+    assert store.read_bytes(tmp_path / "file") == b"1"
+
+
+def test_a_folder_on_this_disk_is_not_on_nfs_and_a_mount_of_it_is(tmp_path, monkeypatch) -> None:
+    assert not store._is_nfs.__wrapped__(os.stat(tmp_path).st_dev)
+    device = os.stat(tmp_path).st_dev
+    told = f"36 35 {os.major(device)}:{os.minor(device)} / /nfs rw,noatime shared:1 - nfs4 server:/export rw,vers=4.2\n"
+    monkeypatch.setattr(Path, "read_text", lambda self: told)
+    assert store._is_nfs.__wrapped__(device)
+    assert not store._is_nfs.__wrapped__(device + 1)
