@@ -115,8 +115,8 @@ for line in sys.stdin:
 
 def test_what_both_nodes_write_within_a_tick_of_the_servers_clock_is_seen(shared: Path) -> None:
     """Ranks write their parts of a checkpoint at once, and rank 0 waits for those of the others. A client learns that a folder
-    changed from its time, which on many servers moves in ticks: where it had looked between two
-    changes of one tick, it missed the second for good, once in 25 to 40 turns on NFS 3."""
+    changed from its time, which on many servers moves in ticks: where it had looked between two changes of one tick, it missed
+    the second for good, once in 25 to 40 turns on NFS 3."""
     command, missed = other("env", f"PYTHONPATH={ROOT / 'platform'}", sys.executable, "-c", WRITER), []
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as writer:
         assert writer.stdin is not None and writer.stdout is not None

@@ -32,6 +32,7 @@ _RETRY = tenacity.retry(
     reraise=True,
 )
 _TICK_S, _TICK_AT_MOST_S = 0.01, 2.0
+"""How often a folder on NFS is touched until its time has moved on, and for how long at most (`_show`)."""
 _UNUSABLE = (OSError, ValueError, NotImplementedError)
 """What a store raises that is out, refuses, or is none: pyarrow's ArrowInvalid is a ValueError, and http cannot be written."""
 
